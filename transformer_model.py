@@ -367,10 +367,17 @@ class Decoder(nn.Module):
         return [block.cross_attention.project_kv(memory) for block in self.blocks]
 
     def __call__(
-        self, x, memory_kv, *masks, cache=None, position=0, deterministic=True
+        self,
+        x,
+        memory_kv,
+        self_mask=None,
+        memory_mask=None,
+        cache=None,
+        position=0,
+        deterministic=True,
     ):
-        """As `DecoderBlock`, with lists of every block's memory_kv and cache."""
-        new_cache = []
+        """As `DecoderBlock`, with lists of all blocks' memory_kv, cache and kv."""
+        masks, new_cache = (self_mask, memory_mask), []
         for i, block in enumerate(self.blocks):
             old = None if cache is None else cache[i]
             x, kv = block(x, memory_kv[i], *masks, old, position, deterministic)
@@ -453,8 +460,8 @@ class Transformer(nn.Module):
             tgt = jax.lax.dynamic_slice_in_dim(tgt, position, 1, axis=1)
             self_mask = jax.lax.dynamic_slice_in_dim(self_mask, position, 1, axis=2)
         x = self._embed(self.tgt_embedding, tgt, position, deterministic)
-        state = {"cache": cache, "position": position, "deterministic": deterministic}
-        x, cache = self.decoder(x, memory_kv, self_mask, memory_mask, **state)
+        masks = self_mask, memory_mask
+        x, cache = self.decoder(x, memory_kv, *masks, cache, position, deterministic)
         return self._project(x), cache
 
     def _embed(self, embedding, tokens, start, deterministic):  # [B, L] -> [B, L, D]
@@ -859,24 +866,32 @@ def load_checkpoint(path):
         raise InputError(f"{path}: made by a later program: {versions}")
     if digest.strip() != hashlib.sha256(content).hexdigest().encode():
         raise InputError(f"{path}: damaged or cut short")
-    config, state, notes = flax.serialization.msgpack_restore(content).values()
-    config = TransformerConfig(**{**config, "dtype": jnp.dtype(config["dtype"]).type})
-    return Checkpoint(config, state, notes)
+    content = flax.serialization.msgpack_restore(content)
+    fields = content["config"]
+    config = TransformerConfig(**{**fields, "dtype": jnp.dtype(fields["dtype"]).type})
+    return Checkpoint(config, content["state"], content["notes"])
 
 
 # ---- 12 Command line -----------------------------------------------------------------
 
-# Options that are not given have these values, for the demo and with --pairs.
-DEFAULTS = {
-    "steps": (1000, 8000),
-    "batch_size": (64, 64),
-    "learning_rate": (3e-3, 2e-3),
-    "dropout": (0.0, 0.1),
-    "seed": (0, 0),
-    "d_model": (64, 128),
-    "num_heads": (4, 4),
-    "num_layers": (1, 2),
-    "max_len": (12, 128),
+KINDS = {
+    "size": (int, "an integer of at least 1", lambda n: 1 <= n < 2**31),
+    "rate": (float, "a number above 0", lambda x: 0 < x < float("inf")),
+    "share": (float, "a number from 0 to below 1", lambda x: 0 <= x < 1),
+    "seed": (int, "an integer from 0 to 2^32 - 1", lambda n: 0 <= n < 2**32),
+}
+# Options that take a number: kind, default of the demo, default with --pairs, meaning.
+NUMBERS = {
+    "steps": ("size", 1000, 8000, "training steps in all"),
+    "batch_size": ("size", 64, 64, "pairs in a step, on all devices together"),
+    "learning_rate": ("rate", 3e-3, 2e-3, "its peak"),
+    "dropout": ("share", 0.0, 0.1, "dropout rate"),
+    "seed": ("seed", 0, 0, "of parameters, dropout and the order of the data"),
+    "d_model": ("size", 64, 128, "width; the inner width is 4 times that"),
+    "num_heads": ("size", 4, 4, "attention heads"),
+    "num_layers": ("size", 1, 2, "blocks in each stack"),
+    "max_len": ("size", 12, 128, "longest source and target, in bytes"),
+    "beam_size": ("size", 1, 1, "places of the search; 1 is greedy"),
 }
 
 
@@ -914,60 +929,41 @@ def parse_arguments(argv):
         def error(self, message):  # argparse's own prints the usage as well, and exits
             raise InputError(message)
 
-    def number(kind, allowed, is_allowed):
-        def parse(text):
-            with contextlib.suppress(ValueError):
-                if is_allowed(kind(text)):
-                    return kind(text)
-            raise argparse.ArgumentTypeError(f"must be {allowed}, not {text!r}")
+    def parse_number(kind, text):
+        convert, allowed, is_allowed = KINDS[kind]
+        with contextlib.suppress(ValueError):
+            if is_allowed(convert(text)):
+                return convert(text)
+        raise argparse.ArgumentTypeError(f"must be {allowed}, not {text!r}")
 
-        return parse
-
-    size = number(int, "an integer of at least 1", lambda n: 1 <= n < 2**31)
-    rate = number(float, "a number above 0", lambda x: 0 < x < float("inf"))
-    share = number(float, "a number from 0 to below 1", lambda x: 0 <= x < 1)
-    seed = number(int, "an integer from 0 to 2^32 - 1", lambda n: 0 <= n < 2**32)
-
-    parser = Parser(
-        description="The Transformer: learns, saves, resumes and translates. Without "
-        "options, the demo: learns to reverse words and shows what it has learnt.",
-        allow_abbrev=False,
-    )
+    description = "The Transformer. Without options, the demo: learns to reverse words."
+    parser = Parser(description=description, allow_abbrev=False)
     add = parser.add_argument
-
-    def add_number(flag, kind, text):
-        demo, pairs = DEFAULTS[flag[2:].replace("-", "_")]
-        both = demo if demo == pairs else f"{demo}, with --pairs {pairs}"
-        add(flag, type=kind, metavar="N", help=f"{text} (default {both})")
-
     add("--pairs", metavar="FILE", help="learn from its lines, source<TAB>target")
-    add("--checkpoint", metavar="FILE", help="save there; continue from there")
-    add(
-        "--translate",
-        nargs="*",
-        metavar="TEXT",
-        help="translate, and exit; lines from stdin where no TEXT is given",
-    )
-    add_number("--steps", size, "training steps in all")
-    add_number("--batch-size", size, "pairs in a step, on all devices together")
-    add_number("--learning-rate", rate, "its peak")
-    add_number("--dropout", share, "dropout rate")
-    add_number("--seed", seed, "of parameters, dropout and the order of the data")
-    add_number("--d-model", size, "width; the inner width is 4 times that")
-    add_number("--num-heads", size, "attention heads")
-    add_number("--num-layers", size, "blocks in each stack")
-    add_number("--max-len", size, "longest source and target, in bytes")
-    add("--beam-size", type=size, default=1, metavar="N", help="1, greedy, by default")
+    add("--checkpoint", metavar="FILE", help="save there, and continue from there")
+    translate_help = "translate, and exit; without TEXT, the lines of stdin"
+    add("--translate", nargs="*", metavar="TEXT", help=translate_help)
+    for name, (kind, demo, pairs, meaning) in NUMBERS.items():
+        default = demo if demo == pairs else f"{demo}, with --pairs {pairs}"
+        add(
+            "--" + name.replace("_", "-"),
+            type=functools.partial(parse_number, kind),
+            metavar="N",
+            help=f"{meaning} (default {default})",
+        )
     add("--bf16", action="store_true", help="compute in bfloat16")
     add("--distributed", action="store_true", help="join a job of several processes")
     args = parser.parse_args(argv)
-    given = [name for name in ("pairs", *DEFAULTS) if getattr(args, name) is not None]
-    if args.translate is not None and (given or args.distributed):
-        flag = "--" + (given or ["distributed"])[0].replace("_", "-")
-        raise InputError(f"{flag} has no meaning with --translate")
-    if args.translate is not None and args.checkpoint is None:
-        raise InputError("--translate needs a --checkpoint to translate with")
-    for name, (demo, pairs) in DEFAULTS.items():
+
+    given = [name for name in ("pairs", *NUMBERS) if getattr(args, name) is not None]
+    given += ["distributed"] * args.distributed
+    if args.translate is not None:
+        for name in set(given) - {"beam_size"}:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} has no meaning with --translate")
+        if args.checkpoint is None:
+            raise InputError("--translate needs --checkpoint FILE")
+    for name, (_, demo, pairs, _) in NUMBERS.items():
         if name not in given:
             setattr(args, name, demo if args.pairs is None else pairs)
     return args
@@ -985,10 +981,10 @@ def join_job():
         raise InputError(f"--distributed: {error}") from None
 
 
-def say(text="", descriptor=1):
-    """Prints results (1, stdout) or progress (2, stderr), in a job's first process."""
+def say(text="", file=None):
+    """Prints, in the first process of a job: results to stdout, progress to stderr."""
     if jax.process_index() == 0:
-        print(text, file=sys.stderr if descriptor == 2 else sys.stdout, flush=True)
+        print(text, file=file, flush=True)
 
 
 def train(args):
@@ -1025,7 +1021,10 @@ def train(args):
     parts = NamedSharding(mesh, PartitionSpec("data"))
     start = int(state.step)
     if start >= args.steps:
-        say(f"{args.checkpoint} has {start} steps: --steps {args.steps} adds none", 2)
+        say(
+            f"{args.checkpoint} has {start} steps: --steps {args.steps} adds none",
+            sys.stderr,
+        )
     every = max(1, min(500, args.steps // 20))
     batches = training_batches(
         train_pairs, config.max_len, args.batch_size, args.seed, start
@@ -1044,27 +1043,30 @@ def train(args):
                 continue
             # Only here does the program wait for the device.
             loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
-            if not np.isfinite([loss, optax.global_norm(state.params)]).all():
-                advice = "try a lower --learning-rate; this step is not saved"
-                raise TrainingError(f"the loss at step {step} is {loss}: {advice}")
+            norm = float(optax.tree.norm(state.params))
+            if not np.isfinite([loss, norm]).all():
+                what = f"loss {loss:.4g}, norm of the parameters {norm:.4g}"
+                advice = "not saved; try a lower --learning-rate"
+                raise TrainingError(f"not finite at step {step}: {what}; {advice}")
             seconds = time.perf_counter() - since
             left = round(seconds / (step - done) * (args.steps - step))
+            problem = save()
             say(
                 f"step {step:>{len(str(args.steps))}} of {args.steps}  loss {loss:.4f}"
                 f"  accuracy {accuracy:6.1%}  {num_tokens / seconds:,.0f} tokens/s"
                 f"  {left // 60}:{left % 60:02} left",
-                2,
+                sys.stderr,
             )
-            if problem := save():
-                say(f"{problem}; training goes on", 2)
+            if problem:
+                say(f"{problem}; training goes on", sys.stderr)
             if caught:
                 where = (
                     f"saved to {args.checkpoint}" if args.checkpoint else "not saved"
                 )
-                say(f"interrupted after step {step}, {problem or where}", 2)
+                say(f"interrupted after step {step}, {problem or where}", sys.stderr)
                 return 128 + caught[0]
             if step % (5 * every) == 0 and step < args.steps:
-                evaluate(config, state, valid_pairs, args.beam_size, 2)
+                evaluate(config, state, valid_pairs, args.beam_size, sys.stderr)
             done, since, num_tokens = step, time.perf_counter(), 0
     show_results(config, state, valid_pairs, args.beam_size)
     if problem:
@@ -1075,8 +1077,8 @@ def train(args):
 def split_pairs(args):
     """Returns the training pairs and the validation pairs that `args` ask for."""
     if args.pairs is None:
-        pairs = reversal_pairs(40_000, args.max_len, args.seed)
-        train_pairs, valid_pairs = hold_out(pairs, 512, args.seed)
+        pairs = short = reversal_pairs(40_000, args.max_len, args.seed)
+        num_valid = 512
     else:
         pairs = read_pairs(args.pairs)
         short = [pair for pair in pairs if max(map(len, pair)) <= args.max_len]
@@ -1085,12 +1087,12 @@ def split_pairs(args):
             raise InputError(f"{args.pairs}: no pair is within {limit}")
         if len(short) < len(pairs):
             left_out = f"{len(pairs) - len(short):,} of {len(pairs):,} pairs"
-            say(f"left out {left_out}, longer than {limit}", 2)
+            say(f"left out {left_out}, longer than {limit}", sys.stderr)
         num_valid = min(500, max(1, len(short) // 10))
-        train_pairs, valid_pairs = hold_out(short, num_valid, args.seed)
+    train_pairs, valid_pairs = hold_out(short, num_valid, args.seed)
     if args.batch_size > len(train_pairs):
-        there_are = f"there are {len(train_pairs)} pairs to train on"
-        raise InputError(f"--batch-size {args.batch_size}: {there_are}")
+        of = f"{len(train_pairs)} of {len(pairs)} pairs of {args.pairs or 'the demo'}"
+        raise InputError(f"--batch-size {args.batch_size}: only {of} are to train on")
     return train_pairs, valid_pairs
 
 
@@ -1159,7 +1161,7 @@ def decode_texts(model, params, texts, beam_size):
     return outputs
 
 
-def evaluate(config, state, pairs, beam_size, descriptor=1):
+def evaluate(config, state, pairs, beam_size, file=None):
     """Decodes the sources of pairs and prints their score; returns what was decoded."""
     if jax.process_index() != 0:
         return None
@@ -1176,7 +1178,7 @@ def evaluate(config, state, pairs, beam_size, descriptor=1):
     outputs = decode_texts(Transformer(config), state.params, sources, beam_size)
     right = sum(out == target.decode() for out, target in zip(outputs, targets))
     share = f"{right} of {len(pairs)} exactly right ({right / len(pairs):.1%})"
-    say(f"unseen pairs: loss {total / count:.4f}, {share}", descriptor)
+    say(f"unseen pairs: loss {total / count:.4f}, {share}", file)
     return outputs
 
 
@@ -1204,7 +1206,7 @@ def translate(args):
                     limit = f"{len(line)} bytes, the most is {config.max_len - 1}"
                     raise InputError(f"line {number}: {limit}")
             except InputError as error:
-                say(f"error: {error}", 2)
+                say(f"error: {error}", sys.stderr)
                 line, status = b"", 2
             lines.append(line)
         filled = [line for line in lines if line]
@@ -1242,44 +1244,42 @@ def show_model(config, params, mesh):
 
 
 def show_results(config, state, pairs, beam_size):
-    """Prints the score on pairs, some of them, and the attention to one source."""
+    """Prints the score on unseen pairs, some of them, and the attention in one."""
     say()
     outputs = evaluate(config, state, pairs, beam_size)
     if outputs is None:
         return
-    for (source, target), output in list(zip(pairs, outputs))[:6]:
-        source, target = source.decode(), target.decode()
-        say(f"  {source} -> {output}" + f"   not {target}" * (output != target))
-    fits = [
-        (source, output.encode())
-        for (source, target), output in zip(pairs, outputs)
-        if len(source) <= 30 and output == target.decode()
-    ]
-    if not fits:
-        return
-    source, output = fits[0]
+    rows = [(s, t.decode(), out) for (s, t), out in zip(pairs, outputs)]
+    for source, target, output in rows[:: -(-len(rows) // 6)]:
+        right = output == target
+        say(f"  {source.decode()} -> {output}" + ("" if right else f"   not {target}"))
+    learnt = [row for row in rows if row[1] == row[2] and len(row[0]) <= 30]
+    if learnt:
+        source, _, output = learnt[0]
+        show_attention(config, state.params, source, output.encode())
+
+
+def show_attention(config, params, source, target):
+    """Draws how the target attends to the source (both bytes), token by token."""
     src = to_tokens([source], len(source) + 1)
-    tgt = to_tokens([output], len(output) + 2, first=[BOS_ID])
-    _, variables = Transformer(config).apply(
-        {"params": jax.device_get(state.params)},
-        src,
-        tgt[:, :-1],
-        mutable=["intermediates"],
-    )
+    tgt = to_tokens([target], len(target) + 2, first=[BOS_ID])
+    apply = jax.jit(Transformer(config).apply, static_argnames="mutable")
+    variables = {"params": jax.device_get(params)}
+    _, variables = apply(variables, src, tgt[:, :-1], mutable="intermediates")
     block = variables["intermediates"]["decoder"][f"blocks_{config.num_layers - 1}"]
     (weights,) = block["cross_attention"]["weights"]  # [1, H, T, S]
+    weights = np.asarray(weights).mean(axis=(0, 1))
     shades = " .:-=+*#%@"
-    say("\nCross-attention of the last block, mean of its heads: source across,")
-    say(f"output down, from none {shades[0]!r} to all {shades[-1]!r}\n")
-
-    def letters(tokens):
-        text = [chr(token - FIRST_SYMBOL_ID) for token in tokens]
-        return [c if c.isascii() and c.isprintable() else "?" for c in text]
-
-    say(" " * 6 + " ".join([*letters(src[0, :-1]), "EOS"]))
-    for name, row in zip([*letters(tgt[0, 1:-1]), "EOS"], weights[0].mean(axis=0)):
-        cells = [shades[min(int(w * len(shades)), len(shades) - 1)] for w in row]
-        say(f"{name:>5} " + "".join(cell * 2 for cell in cells).rstrip())
+    levels = np.minimum(weights * len(shades), len(shades) - 1).astype(int)
+    names = [
+        [chr(byte) if 32 < byte < 127 else "?" for byte in text] + ["EOS"]
+        for text in (source, target)
+    ]
+    say("\nCross-attention in the last block, the mean of its heads: source across,")
+    say(f"output down, shaded from none to all like this: {shades!r}\n")
+    say("      " + " ".join(names[0]))
+    for name, row in zip(names[1], levels):
+        say(f"{name:>5} " + "".join(shades[level] * 2 for level in row).rstrip())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""What the tests share: the path to the module, a compilation cache, a tiny model."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Compilation is most of the time of the tests. The cache serves the processes that the
+# tests start as well, and is empty again for the next run.
+_cache = tempfile.TemporaryDirectory()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+import jax
+import numpy as np
+import pytest
+
+import transformer_model as tm
+
+# Accelerators round the inputs of float32 products to fewer bits unless told not to.
+jax.config.update("jax_default_matmul_precision", "highest")
+
+VOCAB = 11
+TINY = tm.TransformerConfig(
+    src_vocab_size=VOCAB,
+    tgt_vocab_size=VOCAB,
+    d_model=16,
+    num_heads=4,
+    num_layers=2,
+    d_ff=32,
+    max_len=12,
+    # Untrained, a shared matrix makes every token's likeliest successor itself.
+    share_embeddings=False,
+)
+
+
+def randomized(params, seed=0):
+    """Adds noise to all parameters, also to the zeros and ones they start with."""
+    rng = np.random.default_rng(seed)
+
+    def add_noise(x):
+        # Much of it where tokens meet, so that outputs depend on their inputs; little
+        # in biases and LayerNorm, which would favour one token whatever the input.
+        scale = 0.7 if x.ndim > 1 else 0.1
+        return x + scale * rng.standard_normal(x.shape).astype(np.float32)
+
+    return jax.tree.map(add_noise, params)
+
+
+def random_tokens(rows, length, seed=0, lengths=None, bos=False):
+    """Random symbols, int32 [rows, length], PAD from `lengths` on."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(tm.FIRST_SYMBOL_ID, VOCAB, (rows, length), dtype=np.int32)
+    if bos:
+        tokens[:, 0] = tm.BOS_ID
+    if lengths is not None:
+        tokens[np.arange(length) >= np.array(lengths)[:, None]] = tm.PAD_ID
+    return tokens
+
+
+@pytest.fixture(scope="session", params=[False, True], ids=["post-norm", "pre-norm"])
+def tiny(request):
+    """A tiny model with random parameters: (jitted apply, params, model)."""
+    config = tm.dataclasses.replace(TINY, norm_first=request.param)
+    model = tm.Transformer(config)
+    src, tgt = random_tokens(1, 3), random_tokens(1, 3)
+    params = randomized(jax.jit(model.init)(jax.random.key(0), src, tgt)["params"])
+    static = ("deterministic", "method", "mutable")
+    return jax.jit(model.apply, static_argnames=static), params, model

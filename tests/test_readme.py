@@ -1,0 +1,35 @@
+"""The README's programs run, and do what it says they do."""
+
+import re
+import runpy
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda text: text.splitlines()[0])
+def test_program_runs_and_prints_what_the_readme_says(
+    program, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "program.py"
+    path.write_text(program)
+    runpy.run_path(str(path))
+    printed = capsys.readouterr().out.splitlines()
+    promised = re.findall(r"^print\(.*\)  # (.+)$", program, re.MULTILINE)
+    assert promised and printed == promised
+
+
+def test_there_are_three_programs():
+    assert len(PROGRAMS) == 3
+
+
+def test_sections_of_the_map_exist():
+    source = (ROOT / "transformer_model.py").read_text()
+    sections = re.findall(r"^# ---- (\d+) ([^-:]*[^-: ])", source, re.MULTILINE)
+    assert [int(number) for number, _ in sections] == list(range(1, 13))
+    for number, title in sections:
+        assert f"| {number} {title} |" in README

@@ -1,0 +1,143 @@
+"""One device, several, and several processes: real ones, with the same numbers."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import transformer_model as tm
+
+SCRIPT = str(ROOT / "transformer_model.py")
+OPTIONS = ["--d-model", "16", "--num-heads", "2", "--num-layers", "1", "--max-len"]
+OPTIONS += ["15", "--batch-size", "16", "--dropout", "0.1", "--learning-rate", "0.01"]
+
+
+def devices(number):
+    flags = f"--xla_force_host_platform_device_count={number}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
+def run(kind, *args):
+    """Runs the script on "1", "4" or "2 x 2" devices; returns what process 0 printed."""
+    command = [sys.executable, SCRIPT, *OPTIONS, *map(str, args)]
+    if kind == "2 x 2":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+        environments = [
+            {**devices(2), **job, "JAX_PROCESS_ID": str(process)} for process in (0, 1)
+        ]
+        command.append("--distributed")
+    else:
+        environments = [devices(int(kind))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, env=env, **pipes) for env in environments]
+    results = [process.communicate(timeout=240) for process in processes]
+    for process, (_, err) in zip(processes, results):
+        assert process.returncode == 0, err
+    for out, err in results[1:]:  # the first process alone prints
+        assert "Transformer" not in out and "step" not in err
+    return results[0]
+
+
+def losses(err):
+    return [float(loss) for loss in re.findall(r"loss (\d+\.\d+)  accuracy", err)]
+
+
+def final_loss(path, pairs):
+    checkpoint = tm.load_checkpoint(path)
+    config = checkpoint.config
+    state = tm.create_train_state(config, jax.random.key(0))
+    state = state.replace(params=checkpoint.state["params"])
+    batch = tm.to_batch(pairs[:64], (config.max_len, config.max_len))
+    return float(tm.eval_step(state, batch)["loss"])
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Pairs of very unequal length, so that devices have unequal numbers of labels."""
+    path = tmp_path_factory.mktemp("scaling") / "pairs.tsv"
+    rng = np.random.default_rng(0)
+    words = tm.reversal_pairs(300, 15, seed=0)
+    pairs = [(s[: 1 if rng.random() < 0.5 else 15], t) for s, t in words]
+    pairs = [(s, t[: 1 if rng.random() < 0.5 else 15]) for s, t in pairs]
+    path.write_bytes(b"".join(b"%s\t%s\n" % pair for pair in pairs))
+    return path, pairs
+
+
+def test_same_losses_everywhere_and_checkpoints_go_from_one_to_another(data, tmp_path):
+    path, pairs = data
+    kinds, printed, final = ("1", "4", "2 x 2"), {}, {}
+    for kind in kinds:
+        file = tmp_path / f"{kind}.msgpack"
+        out, err = run(kind, "--pairs", path, "--checkpoint", file, "--steps", 20)
+        number = {"1": 1, "4": 4, "2 x 2": 4}[kind]
+        assert f"Devices: {number} x " in out and "exactly right" in out
+        printed[kind], final[kind] = losses(err), final_loss(file, pairs)
+    assert len(printed["1"]) == 20 and printed["1"][-1] < printed["1"][0] - 0.5
+    for kind in kinds[1:]:
+        np.testing.assert_allclose(printed[kind], printed["1"], atol=1.1e-4)
+        np.testing.assert_allclose(final[kind], final["1"], atol=1e-5)
+
+    continued = {}
+    for kind, other in (("1", "1"), ("4", "2 x 2"), ("2 x 2", "1")):
+        file = tmp_path / "continued.msgpack"
+        file.write_bytes((tmp_path / f"{kind}.msgpack").read_bytes())
+        run(other, "--pairs", path, "--checkpoint", file, "--steps", 24)
+        continued[kind, other] = final_loss(file, pairs)
+    for value in continued.values():
+        np.testing.assert_allclose(value, continued["1", "1"], atol=1e-5)
+
+
+def test_loss_is_the_mean_over_all_labels_not_of_the_devices_means():
+    """Four devices, of which one holds nearly all the labels."""
+    program = """
+import jax, numpy as np, transformer_model as tm
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+config = tm.TransformerConfig(9, 9, 8, 2, 1, 16, dropout_rate=0.0)
+state = tm.create_train_state(config, jax.random.key(0))
+tgt = np.random.default_rng(0).integers(3, 9, (4, 9), dtype=np.int32)
+tgt[1:, 2:] = tm.PAD_ID
+batch = {"src": tgt, "tgt": tgt}
+whole = tm.eval_step(state, batch)
+means = [tm.eval_step(state, {"src": r[None], "tgt": r[None]})["loss"] for r in tgt]
+mesh = Mesh(jax.devices(), ("data",))
+assert mesh.size == 4
+state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+split = tm.train_step(state, batch, 0.0)[1]
+print(*map(float, (whole["loss"], split["loss"], np.mean(means))))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**devices(4), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    whole, split, mean_of_means = map(float, done.stdout.split())
+    np.testing.assert_allclose(split, whole, atol=1e-6)
+    assert abs(mean_of_means - whole) > 1e-2
+
+
+def test_batch_that_does_not_divide_is_refused():
+    command = [sys.executable, SCRIPT, "--batch-size", "6"]
+    done = subprocess.run(command, env=devices(4), capture_output=True, check=False)
+    assert done.returncode == 2 and done.stdout == b""
+    message = b"error: --batch-size 6 cannot be shared out evenly among 4 devices\n"
+    assert done.stderr == message
+
+
+def test_distributed_without_a_job_is_one_line():
+    command = [sys.executable, SCRIPT, "--distributed"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMPI"))}
+    done = subprocess.run(command, env=env, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1 and b"--distributed" in done.stderr
