@@ -90,15 +90,16 @@ class TransformerConfig:
         heads, rate = self.num_heads, self.dropout_rate
         require("d_model", self.d_model % heads == 0, f"a multiple of {heads} (heads)")
         require("d_model", self.d_model % 2 == 0, "even (sines and cosines)")
-        is_rate = isinstance(rate, (int, float)) and 0 <= rate < 1
+        is_rate = isinstance(rate, (int, float, np.floating)) and 0 <= rate < 1
         require("dropout_rate", is_rate, "a number >= 0 and < 1")
         sizes = self.src_vocab_size, self.tgt_vocab_size
         can_share = not self.share_embeddings or sizes[0] == sizes[1]
         require("share_embeddings", can_share, f"False for two vocabularies {sizes}")
-        heads = ("logits", "softmax", "none")
-        require("head", self.head in heads, f"one of {heads}")
-        dtypes = (jnp.float32, jnp.bfloat16)
-        require("dtype", self.dtype in dtypes, "jnp.float32 or jnp.bfloat16")
+        outputs = ("logits", "softmax", "none")
+        require("head", self.head in outputs, f"one of {outputs}")
+        # The very objects: equal ones, such as np.dtype("float32"), hash differently.
+        is_dtype = self.dtype is jnp.float32 or self.dtype is jnp.bfloat16
+        require("dtype", is_dtype, "jnp.float32 or jnp.bfloat16")
 
 
 # ---- 2 Masks -------------------------------------------------------------------------
@@ -130,8 +131,8 @@ class PositionalEncoding(nn.Module):
     def __call__(self, x, start=0):
         """x [B, L, D] -> [B, L, D]; x[:, 0] is at position `start`."""
         max_len, d_model = self.config.max_len, self.config.d_model
-        if x.shape[1] > max_len:
-            raise ValueError(f"{x.shape} [B, L, D] is longer than max_len {max_len}")
+        if not 1 <= x.shape[1] <= max_len:
+            raise ValueError(f"{x.shape} [B, L, D]: L must be 1 to max_len {max_len}")
         position = np.arange(max_len)[:, None]
         angle = position / 10000 ** (np.arange(0, d_model, 2) / d_model)
         table = np.stack([np.sin(angle), np.cos(angle)], axis=-1)  # [max_len, D / 2, 2]
@@ -160,7 +161,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     head_shapes = {x.shape[:-2] + x.shape[-1:] for x in (query, key, value)}
     if query.ndim != 4 or len(head_shapes) > 1 or key.shape != value.shape:
         got = f"{query.shape}, {key.shape} and {value.shape}"
-        raise ValueError(f"need [B, H, T, K] and twice [B, H, S, K], got {got}")
+        need = "query must be [B, H, T, K], key and value [B, H, S, K]"
+        raise ValueError(f"{need}, got {got}")
     # The scores and their softmax are float32, whatever the inputs are.
     scores = jnp.einsum(
         "bhtk,bhsk->bhts", query, key, preferred_element_type=jnp.float32
@@ -174,8 +176,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
             raise ValueError(f"mask {mask.shape} does not fit scores {scores.shape}")
         if mask.dtype != bool:
             raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
-        # Not -inf: a row of nothing else has softmax NaN. With the least float32 it
-        # comes out uniform, and the second `where` turns it into zeros.
+        # Not -inf: the softmax of a row of nothing else is NaN. With the least float32
+        # it is uniform, and the second `where` makes zeros of it.
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         weights = jnp.where(mask, jax.nn.softmax(scores), 0.0)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
@@ -220,8 +222,7 @@ class MultiHeadAttention(nn.Module):
         return self.output(heads.swapaxes(1, 2).reshape(x.shape))  # concatenates
 
     def _split(self, x):  # [B, L, D] -> [B, H, L, K]
-        heads = x.reshape(*x.shape[:2], self.config.num_heads, -1)
-        return heads.swapaxes(1, 2)
+        return x.reshape(*x.shape[:2], self.config.num_heads, -1).swapaxes(1, 2)
 
 
 # ---- 5 Feed-forward network ----------------------------------------------------------
@@ -250,7 +251,7 @@ def layer_norm(config):
 class AddAndNorm(nn.Module):
     """The "Add & Norm" around each sub-layer (Figure 1), in two halves.
 
-    post-norm (section 5.4):   LayerNorm(x + Dropout(sublayer(x)))
+    post-norm (3.1 and 5.4):   LayerNorm(x + Dropout(sublayer(x)))
     pre-norm (`norm_first`):   x + Dropout(sublayer(LayerNorm(x)))
     """
 
@@ -376,11 +377,14 @@ class Decoder(nn.Module):
         position=0,
         deterministic=True,
     ):
-        """As `DecoderBlock`, with lists of all blocks' memory_kv, cache and kv."""
-        masks, new_cache = (self_mask, memory_mask), []
+        """As `DecoderBlock`; memory_kv, cache and the kv returned are lists, of which
+        every block has its entry.
+        """
+        rest = position, deterministic
+        new_cache = []
         for i, block in enumerate(self.blocks):
             old = None if cache is None else cache[i]
-            x, kv = block(x, memory_kv[i], *masks, old, position, deterministic)
+            x, kv = block(x, memory_kv[i], self_mask, memory_mask, old, *rest)
             new_cache.append(kv)
         return self.norm(x) if self.config.norm_first else x, new_cache
 
@@ -393,7 +397,7 @@ class Transformer(nn.Module):
         logits = model.apply(variables, src, tgt)
 
     Dropout takes deterministic=False and rngs={"dropout": key}. The attention weights
-    of every layer come with mutable=["intermediates"]. A token outside the vocabulary
+    of every layer come with mutable=["intermediates"]. A token above the vocabulary
     gives NaN; shapes that do not fit, or a length above `max_len`, a ValueError.
     """
 
@@ -469,7 +473,7 @@ class Transformer(nn.Module):
         x = self.dropout(self.positions(x, start), deterministic)
         return x.astype(self.config.dtype)
 
-    def _project(self, x):  # [B, T, D] -> [B, T, V], the last linear layer and softmax
+    def _project(self, x):  # [B, T, D] -> [B, T, V], or as `head` says
         if self.config.head == "none":
             return x
         output = self.output.astype(x.dtype)
@@ -490,7 +494,7 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
 
     Args:
       logits: [B, T, V].
-      labels: int [B, T].
+      labels: int [B, T], below V, which is not checked.
     """
     if logits.shape[:-1] != labels.shape:
         got = f"{logits.shape} and {labels.shape}"
@@ -868,7 +872,7 @@ def load_checkpoint(path):
         raise InputError(f"{path}: damaged or cut short")
     content = flax.serialization.msgpack_restore(content)
     fields = content["config"]
-    config = TransformerConfig(**{**fields, "dtype": jnp.dtype(fields["dtype"]).type})
+    config = TransformerConfig(**{**fields, "dtype": getattr(jnp, fields["dtype"])})
     return Checkpoint(config, content["state"], content["notes"])
 
 

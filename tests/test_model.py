@@ -45,7 +45,8 @@ def initialized(module, *args, **kwargs):
         ("share_embeddings", None),
         ("head", "Softmax"),
         ("dtype", jnp.float16),
-        ("dtype", "float32x"),
+        ("dtype", "float32"),
+        ("dtype", np.dtype("float32")),
     ],
 )
 def test_config_refuses_by_name_and_value(field, value):
@@ -73,6 +74,7 @@ def test_config_defaults_are_the_base_model_and_hashable():
     assert hash(config) == hash(tm.TransformerConfig())
     numbers = np.arange(20)
     assert tm.TransformerConfig(src_vocab_size=numbers[9], tgt_vocab_size=9)
+    assert tm.TransformerConfig(dropout_rate=np.float32(0.1))
 
 
 # ---- Masks
@@ -288,8 +290,10 @@ def test_lengths_and_batches_that_do_not_fit_are_refused(tiny):
         apply({"params": params}, SRC, TGT[:, 0])
     long = random_tokens(3, 13)
     for src, tgt in ((long, TGT), (SRC, long)):
-        with pytest.raises(ValueError, match=r"\(3, 13, 16\).*max_len 12"):
+        with pytest.raises(ValueError, match=r"\(3, 13, 16\).*1 to max_len 12"):
             apply({"params": params}, src, tgt)
+    with pytest.raises(ValueError, match=r"\(3, 0, 16\).*1 to max_len 12"):
+        apply({"params": params}, SRC[:, :0], TGT)
 
 
 # ---- Causality, padding, rows
