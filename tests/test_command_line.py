@@ -234,7 +234,7 @@ def start(*args):
 
 def test_killed_runs_end_with_the_same_parameters(tmp_path, pairs_file):
     path, whole = tmp_path / "killed.msgpack", tmp_path / "whole.msgpack"
-    steps = ["--steps", 400, "--dropout", 0.1, *TINY]
+    steps = ["--steps", 1200, "--dropout", 0.1, *TINY]
     args = ["--pairs", pairs_file, *steps, "--checkpoint"]
     kills = 0
     with contextlib.suppress(AssertionError):  # the last one may end by itself
@@ -246,7 +246,7 @@ def test_killed_runs_end_with_the_same_parameters(tmp_path, pairs_file):
             process.stderr.close()
     assert kills
     step = int(tm.load_checkpoint(path).state["step"])
-    assert 0 < step < 400
+    assert 0 < step < 1200
     assert command(*args, path).returncode == 0
     assert command(*args, whole).returncode == 0
     assert path.read_bytes() == whole.read_bytes()

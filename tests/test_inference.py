@@ -99,7 +99,7 @@ def test_greedy_rows_end_at_different_times_and_stay_ended():
         for row, length in zip(decoded, lengths_of(decoded)):
             assert (row[length:] == tm.PAD_ID).all()
         seen.update(lengths_of(decoded).tolist())
-    assert {1, 2, 3, 7} <= seen, seen
+    assert len(seen) >= 4 and 7 in seen, seen
 
 
 @pytest.mark.parametrize("beam_size", [1, 3])

@@ -86,14 +86,14 @@ def test_same_losses_everywhere_and_checkpoints_go_from_one_to_another(data, tmp
         np.testing.assert_allclose(printed[kind], printed["1"], atol=1.1e-4)
         np.testing.assert_allclose(final[kind], final["1"], atol=1e-5)
 
-    continued = {}
-    for kind, other in (("1", "1"), ("4", "2 x 2"), ("2 x 2", "1")):
-        file = tmp_path / "continued.msgpack"
-        file.write_bytes((tmp_path / f"{kind}.msgpack").read_bytes())
-        run(other, "--pairs", path, "--checkpoint", file, "--steps", 24)
-        continued[kind, other] = final_loss(file, pairs)
-    for value in continued.values():
-        np.testing.assert_allclose(value, continued["1", "1"], atol=1e-5)
+    continued = []
+    for kind, other in (("4", "2 x 2"), ("2 x 2", "1")):
+        file = tmp_path / f"{kind}.msgpack"
+        _, err = run(other, "--pairs", path, "--checkpoint", file, "--steps", 24)
+        assert "step 21 of 24" in err and "step 20 of 24" not in err
+        continued.append(final_loss(file, pairs))
+    np.testing.assert_allclose(*continued, atol=1e-5)
+    assert abs(continued[0] - final["1"]) > 1e-4
 
 
 def test_loss_is_the_mean_over_all_labels_not_of_the_devices_means():
