@@ -183,7 +183,7 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
 
-class Linear(nn.Module):
+class Dense(nn.Module):
     """x W + b at every position; at the start W is Xavier-uniform and b is zero."""
 
     config: TransformerConfig
@@ -215,7 +215,7 @@ class MultiHeadAttention(nn.Module):
 
     def setup(self):
         self.query, self.key, self.value, self.output = (
-            Linear(self.config, self.config.d_model) for _ in range(4)
+            Dense(self.config, self.config.d_model) for _ in range(4)
         )
 
     def __call__(self, x, memory, mask=None):
@@ -248,8 +248,8 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x):
         """x [B, L, D] -> [B, L, D], by way of [B, L, F]."""
-        inner = nn.relu(Linear(self.config, self.config.d_ff)(x))
-        return Linear(self.config, self.config.d_model)(inner)
+        inner = nn.relu(Dense(self.config, self.config.d_ff)(x))
+        return Dense(self.config, self.config.d_model)(inner)
 
 
 # ---- 6 Blocks ------------------------------------------------------------------------

@@ -262,7 +262,7 @@ def test_initial_parameters():
     limit = np.sqrt(6 / (128 + 128))  # Xavier-uniform
     assert 0.95 * limit < jnp.abs(query["kernel"]).max() <= limit
     assert (query["bias"] == 0).all()
-    inner = block["feed_forward"]["Linear_0"]["kernel"]
+    inner = block["feed_forward"]["Dense_0"]["kernel"]
     assert inner.shape == (128, 256)
     assert 0.95 * np.sqrt(6 / 384) < jnp.abs(inner).max() <= np.sqrt(6 / 384)
 

@@ -69,8 +69,8 @@ def from_torch(weights, kind, order):
         if kind == "decoder":
             block["cross_attention"] = attention(f"{layer}.multihead_attn")
         block["feed_forward"] = {
-            "Linear_0": linear(f"{layer}.linear1"),
-            "Linear_1": linear(f"{layer}.linear2"),
+            "Dense_0": linear(f"{layer}.linear1"),
+            "Dense_1": linear(f"{layer}.linear2"),
         }
         for j in range(2 if kind == "encoder" else 3):
             block[f"add_and_norm_{j}"] = {"norm": norm(f"{layer}.norm{j + 1}")}
@@ -239,8 +239,8 @@ def paper_attention(params, num_heads, xs, memory, may_attend):
 
 
 def paper_feed_forward(params, xs):
-    inner = paper_linear(params["Linear_0"], xs)
-    return paper_linear(params["Linear_1"], np.where(inner > 0, inner, 0))
+    inner = paper_linear(params["Dense_0"], xs)
+    return paper_linear(params["Dense_1"], np.where(inner > 0, inner, 0))
 
 
 def paper_sublayer(params, norm_first, xs, sublayer):
