@@ -6,7 +6,8 @@
     train     a training step: forward, backward, Adam; dropout 0.1, smoothing 0.1
     decode    greedy and beam search with caches, as many tokens in every row
     rate      operations per second in a training step, and in bare matrix products
-    tokens    time per new token in greedy decoding, for longer and longer outputs
+    tokens    time per new token in greedy decoding, the encoder's part included, for
+              longer and longer outputs
     compile   what a first call takes more than the next, without and with JAX's
               persistent compilation cache
     memory    the most that training takes, and four times the parameters: themselves,
@@ -95,7 +96,9 @@ def compare(work, ours, peers, rounds):
             run()
             runs[name] = run
         except (ImportError, RuntimeError) as error:  # torch.compile needs a compiler
-            print_line(work, "", name, "left out:", str(error).partition("\n")[0][:16])
+            is_missing = isinstance(error, ImportError)
+            reason = "not installed" if is_missing else "does not run here"
+            print_line(work, "", name, "left out", reason)
     times = take_turns(runs, rounds)
     for name in list(runs)[1:]:
         print_row(work, times["ours"], name, times[name])
