@@ -128,16 +128,16 @@ class PositionalEncoding(nn.Module):
 
     config: TransformerConfig
 
-    def __call__(self, x, start=0):
-        """x [B, L, D] -> [B, L, D]; x[:, 0] is at position `start`."""
+    def __call__(self, x, position=None):
+        """x [B, L, D] -> [B, L, D]; it is at positions 0 to L - 1, or all at `position`."""
         max_len, d_model = self.config.max_len, self.config.d_model
-        if not 1 <= x.shape[1] <= max_len:
+        if position is None and not 1 <= x.shape[1] <= max_len:
             raise ValueError(f"{x.shape} [B, L, D]: L must be 1 to max_len {max_len}")
-        position = np.arange(max_len)[:, None]
-        angle = position / 10000 ** (np.arange(0, d_model, 2) / d_model)
+        wavelength = 10000 ** (np.arange(0, d_model, 2) / d_model)  # over 2 pi
+        angle = np.arange(max_len)[:, None] / wavelength  # [max_len, D / 2]
         table = np.stack([np.sin(angle), np.cos(angle)], axis=-1)  # [max_len, D / 2, 2]
         table = jnp.asarray(table.reshape(max_len, d_model), x.dtype)
-        return x + jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])
+        return x + (table[: x.shape[1]] if position is None else table[position])
 
 
 # ---- 4 Attention ---------------------------------------------------------------------
@@ -320,12 +320,12 @@ class DecoderBlock(nn.Module):
 
     def __call__(
         self,
-        x,  # [B, T, D]: all of the target, or with a cache the part at `position`
+        x,  # [B, T, D]
         memory_kv,  # cross_attention.project_kv(memory), of length S
         self_mask=None,  # broadcastable to [B, H, T, L], L = T without a cache
         memory_mask=None,  # broadcastable to [B, H, T, S]
-        cache=None,  # kv of length L; x's own is written into it at `position`
-        position=0,
+        cache=None,  # kv of length L; x's own is written into it from `start` on
+        start=0,
         deterministic=True,
     ):
         """Returns x after the block, [B, T, D], and the self-attention's kv."""
@@ -333,7 +333,7 @@ class DecoderBlock(nn.Module):
         kv = self.self_attention.project_kv(y)
         if cache is not None:
             write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
-            kv = tuple(write(old, new, position) for old, new in zip(cache, kv))
+            kv = tuple(write(old, new, start) for old, new in zip(cache, kv))
         y = self.self_attention.attend(y, kv, self_mask)
         x = self.add_and_norm[0].leave(x, y, deterministic)
 
@@ -386,13 +386,13 @@ class Decoder(nn.Module):
         self_mask=None,
         memory_mask=None,
         cache=None,
-        position=0,
+        start=0,
         deterministic=True,
     ):
         """As `DecoderBlock`; memory_kv, cache and the kv returned are lists, of which
         every block has its entry.
         """
-        rest = position, deterministic
+        rest = start, deterministic
         new_cache = []
         for i, block in enumerate(self.blocks):
             old = None if cache is None else cache[i]
@@ -445,12 +445,12 @@ class Transformer(nn.Module):
             got = f"{jnp.shape(src)} and {jnp.shape(tgt)}"
             raise ValueError(f"src and tgt must be [B, S] and [B, T], got {got}")
         memory_kv = self.project_kv(self.encode(src, deterministic))
-        memory_mask = padding_mask(src)
-        return self.decode(tgt, memory_kv, memory_mask, deterministic=deterministic)[0]
+        masks = padding_mask(tgt) & causal_mask(tgt.shape[1]), padding_mask(src)
+        return self.decode(tgt, memory_kv, *masks, deterministic=deterministic)[0]
 
     def encode(self, src, deterministic=True):
         """Source tokens, int [B, S] -> the memory, [B, S, D]."""
-        x = self._embed(self.src_embedding, src, 0, deterministic)
+        x = self._embed(self.src_embedding, src, deterministic)
         return self.encoder(x, padding_mask(src), deterministic)
 
     def project_kv(self, memory):
@@ -459,31 +459,31 @@ class Transformer(nn.Module):
 
     def decode(
         self,
-        tgt,  # int [B, L], the decoder's input
+        tgt,  # int [B, T], the decoder's input
         memory_kv,  # project_kv(memory)
+        self_mask,  # broadcastable to [B, H, T, T]
         memory_mask,  # padding_mask(src)
-        cache=None,  # every block's kv of length L
-        position=0,
+        cache=None,
+        position=None,
         deterministic=True,
     ):
-        """Returns the logits, and the cache with the kv that were computed.
+        """Returns the logits for the next tokens, [B, T, V], and every block's kv.
 
-        Without a cache, the logits of all positions, [B, L, V]. With one, those at
-        `position` alone, [B, 1, V], from the token there and the cache of those before.
+        That is the parallel pass. For one step of decoding, tgt [B, W] has the tokens
+        at `position` of W targets of each source. The cache is every block's kv of
+        length L * W, for W tokens at each position, to which those of tgt are added;
+        self_mask, broadcastable to [B, H, W, L * W], says which of them each may see.
         """
-        self_mask = padding_mask(tgt) & causal_mask(tgt.shape[1])  # [B, 1, L, L]
-        if cache is not None:
-            tgt = jax.lax.dynamic_slice_in_dim(tgt, position, 1, axis=1)
-            self_mask = jax.lax.dynamic_slice_in_dim(self_mask, position, 1, axis=2)
-        x = self._embed(self.tgt_embedding, tgt, position, deterministic)
+        start = 0 if cache is None else position * tgt.shape[1]
+        x = self._embed(self.tgt_embedding, tgt, deterministic, position)
         masks = self_mask, memory_mask
-        x, cache = self.decoder(x, memory_kv, *masks, cache, position, deterministic)
+        x, cache = self.decoder(x, memory_kv, *masks, cache, start, deterministic)
         return self._project(x), cache
 
-    def _embed(self, embedding, tokens, start, deterministic):  # [B, L] -> [B, L, D]
+    def _embed(self, embedding, tokens, deterministic, position=None):
         x = jnp.take(embedding, tokens, axis=0) * self.config.d_model**0.5  # 3.4
-        x = self.dropout(self.positions(x, start), deterministic)
-        return x.astype(self.config.dtype)
+        x = self.dropout(self.positions(x, position), deterministic)
+        return x.astype(self.config.dtype)  # [B, L] -> [B, L, D]
 
     def _project(self, x):  # [B, T, D] -> [B, T, V], or as `head` says
         if self.config.head == "none":
@@ -642,62 +642,60 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     if max_len > config.max_len:
         raise ValueError(f"max_len {max_len} is above the model's {config.max_len}")
     batch_size, vocab_size = src.shape[0], config.tgt_vocab_size
+    rows = jnp.arange(batch_size)[:, None]
     apply = functools.partial(model.apply, {"params": params})
 
-    def per_beam(x):  # [B, ...] -> [B * W, ...]
-        return jnp.repeat(x, beam_size, axis=0)
-
     memory_kv = apply(apply(src, method="encode"), method="project_kv")
-    memory_kv = jax.tree.map(per_beam, memory_kv)
-    memory_mask = per_beam(padding_mask(src))
+    memory_mask = padding_mask(src)
 
     def unfinished(carry):
-        position, _, _, ended, _ = carry
+        position, _, _, ended, _, _ = carry
         return (position < max_len) & ~ended.all()
 
     def step(carry):
-        position, tokens, log_p, ended, cache = carry
-        inputs = tokens[..., :-1].reshape(-1, max_len)
-        logits, cache = apply(
-            inputs, memory_kv, memory_mask, cache, position, method="decode"
-        )
-        new_log_p = jax.nn.log_softmax(logits).reshape(batch_size, beam_size, -1)
+        position, tokens, log_p, ended, lineage, cache = carry
+        last = tokens[:, :, position]
+        own = jnp.eye(beam_size, dtype=bool) & (last != PAD_ID)[..., None]
+        lineage = lineage.at[:, :, position].set(own)
+        masks = lineage.reshape(batch_size, 1, beam_size, -1), memory_mask
+        logits, cache = apply(last, memory_kv, *masks, cache, position, method="decode")
+        new_log_p = jax.nn.log_softmax(logits)  # [B, W, V]
         # A hypothesis that has ended has one continuation, PAD, and it ranks first.
         pad_only = jnp.where(jnp.arange(vocab_size) == PAD_ID, 0, -jnp.inf)
         new_log_p = jnp.where(ended[..., None], pad_only, new_log_p)
-        total = log_p[..., None] + new_log_p  # [B, W, V]
+        total = log_p[..., None] + new_log_p
         rank = jnp.where(ended[..., None] & (total > -jnp.inf), jnp.inf, total)
         _, chosen = jax.lax.top_k(rank.reshape(batch_size, -1), beam_size)
         beam, token = chosen // vocab_size, chosen % vocab_size  # both [B, W]
 
-        log_p = jnp.take_along_axis(total.reshape(batch_size, -1), chosen, axis=1)
-        is_end = (token == EOS_ID) & (log_p > -jnp.inf)
-        ended = jnp.take_along_axis(ended, beam, axis=1) | is_end
-        if beam_size > 1:
-            rows = (jnp.arange(batch_size)[:, None] * beam_size + beam).ravel()
-            cache = jax.tree.map(lambda x: x[rows], cache)
-            tokens = jnp.take_along_axis(tokens, beam[..., None], axis=1)
-        tokens = tokens.at[..., position + 1].set(token)
-        return position + 1, tokens, log_p, ended, cache
+        log_p = total[rows, beam, token]
+        ended = ended[rows, beam] | ((token == EOS_ID) & (log_p > -jnp.inf))
+        tokens = tokens[rows, beam].at[:, :, position + 1].set(token)
+        return position + 1, tokens, log_p, ended, lineage[rows, beam], cache
 
     tokens = jnp.full((batch_size, beam_size, max_len + 1), PAD_ID)
-    tokens = tokens.at[..., 0].set(BOS_ID)
+    tokens = tokens.at[:, :, 0].set(BOS_ID)
     # All beams start out the same: only the first may be continued.
     log_p = jnp.full((batch_size, beam_size), -jnp.inf).at[:, 0].set(0)
     ended = jnp.zeros((batch_size, beam_size), bool)
-    cache = jax.tree.map(
-        lambda kv: jnp.zeros((*kv.shape[:2], max_len, kv.shape[3]), kv.dtype), memory_kv
-    )
-    carry = (0, tokens, log_p, ended, cache)
-    _, tokens, log_p, _, _ = jax.lax.while_loop(unfinished, step, carry)
+    # A row's places share one cache, to which each step adds W keys and values. For a
+    # hypothesis that changes its place they need not move: the lineage, [B, W, L, W],
+    # tells from which place it got its token at each position.
+    lineage = jnp.zeros((batch_size, beam_size, max_len, beam_size), bool)
+
+    def empty(kv):
+        return jnp.zeros((*kv.shape[:2], max_len * beam_size, kv.shape[3]), kv.dtype)
+
+    cache = jax.tree.map(empty, memory_kv)
+    carry = (0, tokens, log_p, ended, lineage, cache)
+    _, tokens, log_p, _, _, _ = jax.lax.while_loop(unfinished, step, carry)
 
     tokens = tokens[..., 1:]
     is_eos = tokens == EOS_ID
     length = jnp.where(is_eos.any(-1), is_eos.argmax(-1) + 1, max_len)
     scores = log_p / ((5 + length) / 6) ** alpha
     order = jnp.argsort(-scores, axis=1)
-    scores = jnp.take_along_axis(scores, order, axis=1)
-    return jnp.take_along_axis(tokens, order[..., None], axis=1), scores
+    return tokens[rows, order], scores[rows, order]
 
 
 # ---- 10 Data: pairs of UTF-8 bytes; byte b is token b + 3 ----------------------------

@@ -41,29 +41,38 @@ def lengths_of(tokens):
     return np.where(ends.any(-1), ends.argmax(-1) + 1, tokens.shape[-1])
 
 
-def test_cached_step_equals_the_parallel_pass_at_every_position(tiny):
+@pytest.mark.parametrize("num_targets", [1, 2])
+def test_cached_step_equals_the_parallel_pass_at_every_position(num_targets, tiny):
     apply, params, _ = tiny
     # PAD within a target too: the cache has to hide it as the parallel pass does.
     tgt = random_tokens(6, 9, seed=6, lengths=[9, 5, 9, 2, 9, 9], bos=True)
     tgt[2, 3:5] = tm.PAD_ID
-    expected = apply({"params": params}, SRC, tgt)
+    # Each source has its own target and, with two, the one of the row above as well.
+    targets = [np.roll(tgt, shift, axis=0) for shift in range(num_targets)]
+    expected = [apply({"params": params}, SRC, one) for one in targets]
     memory = apply({"params": params}, SRC, method="encode")
     memory_kv = apply({"params": params}, memory, method="project_kv")
     # Garbage in the cache, so that reading a position before it is written shows.
-    cache = jax.tree.map(lambda kv: jnp.full((6, 4, 9, 4), 1e3), memory_kv)
+    length = 9 * num_targets
+    cache = jax.tree.map(lambda kv: jnp.full((6, 4, length, 4), 1e3), memory_kv)
+    tokens = np.stack(targets, axis=1)  # [B, W, L]
     for position in range(9):
-        so_far = np.where(np.arange(9) <= position, tgt, 7)
+        # A target may see the tokens so far that are its own and are not PAD.
+        mask = (tokens != tm.PAD_ID) & (np.arange(9) <= position)
+        mask = mask[..., None] & np.eye(num_targets, dtype=bool)[None, :, None]
         logits, cache = apply(
             {"params": params},
-            so_far,
+            tokens[:, :, position],
             memory_kv,
+            mask.reshape(6, 1, num_targets, length),
             tm.padding_mask(SRC),
             cache,
             position,
             method="decode",
         )
-        assert logits.shape == (6, 1, 11)
-        np.testing.assert_allclose(logits[:, 0], expected[:, position], atol=1e-5)
+        assert logits.shape == (6, num_targets, 11)
+        for i, one in enumerate(expected):
+            np.testing.assert_allclose(logits[:, i], one[:, position], atol=1e-5)
 
 
 def decoded_without_cache(model, params, src, max_len):
@@ -107,9 +116,9 @@ def test_loop_stops_when_every_row_has_ended(beam_size, monkeypatch):
     positions = []
     decode = tm.Transformer.decode
 
-    def spy(self, tgt, memory_kv, memory_mask, cache=None, position=0, **kwargs):
+    def spy(self, tgt, memory_kv, self_mask, memory_mask, cache, position):
         jax.debug.callback(lambda p: positions.append(int(p)), position)
-        return decode(self, tgt, memory_kv, memory_mask, cache, position, **kwargs)
+        return decode(self, tgt, memory_kv, self_mask, memory_mask, cache, position)
 
     src, model, params = SRC[:5], *small_model(6)
     tokens, _ = tm.beam_search(model, params, src, 7, beam_size)

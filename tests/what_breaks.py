@@ -21,8 +21,8 @@ CHANGES = [
     ("nothing", "", ""),
     (
         "causal mask",
-        "self_mask = padding_mask(tgt) & causal_mask(tgt.shape[1])",
-        "self_mask = padding_mask(tgt) | causal_mask(tgt.shape[1])",
+        "masks = padding_mask(tgt) & causal_mask(tgt.shape[1]), padding_mask(src)",
+        "masks = padding_mask(tgt), padding_mask(src)",
     ),
     (
         "padding mask",
@@ -31,7 +31,7 @@ CHANGES = [
     ),
     (
         "positions",
-        "return x + jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])",
+        "return x + (table[: x.shape[1]] if position is None else table[position])",
         "return x",
     ),
     ("heads but one", '"num_heads": ("size", 4, 4', '"num_heads": ("size", 1, 4'),
