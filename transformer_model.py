@@ -25,13 +25,13 @@ everything. `deterministic=True`, the default everywhere, switches dropout off.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import os
 import signal
 import sys
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -332,7 +332,7 @@ class DecoderBlock(nn.Module):
         y = self.add_and_norm[0].enter(x)
         kv = self.self_attention.project_kv(y)
         if cache is not None:
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
+            write = partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
             kv = tuple(write(old, new, start) for old, new in zip(cache, kv))
         y = self.self_attention.attend(y, kv, self_mask)
         x = self.add_and_norm[0].leave(x, y, deterministic)
@@ -566,7 +566,7 @@ def create_train_state(config, key, optimizer=None):
     )
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@partial(jax.jit, donate_argnames="state")
 def train_step(state, batch, label_smoothing=0.1):
     """One step of gradient descent.
 
@@ -618,7 +618,7 @@ def greedy_decode(model, params, src, max_len):
     return beam_search(model, params, src, max_len, beam_size=1)[0][:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_len", "beam_size"))
+@partial(jax.jit, static_argnames=("model", "max_len", "beam_size"))
 def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     """Looks for the W likeliest targets of each source (section 6.1).
 
@@ -643,18 +643,21 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
         raise ValueError(f"max_len {max_len} is above the model's {config.max_len}")
     batch_size, vocab_size = src.shape[0], config.tgt_vocab_size
     rows = jnp.arange(batch_size)[:, None]
-    apply = functools.partial(model.apply, {"params": params})
+    apply = partial(model.apply, {"params": params})
 
     memory_kv = apply(apply(src, method="encode"), method="project_kv")
     memory_mask = padding_mask(src)
 
-    def unfinished(carry):
-        position, _, _, ended, _, _ = carry
-        return (position < max_len) & ~ended.all()
+    def lengthen(length, x):  # along axis 2, with zeros
+        return jnp.pad(x, [(0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)])
+
+    def unfinished(room, carry):
+        position, _, _, ended, *_ = carry
+        return (position < room) & ~ended.all()
 
     def step(carry):
         position, tokens, log_p, ended, lineage, cache = carry
-        last = tokens[:, :, position]
+        last = tokens[:, :, position]  # [B, W]
         own = jnp.eye(beam_size, dtype=bool) & (last != PAD_ID)[..., None]
         lineage = lineage.at[:, :, position].set(own)
         masks = lineage.reshape(batch_size, 1, beam_size, -1), memory_mask
@@ -681,14 +684,21 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     # A row's places share one cache, to which each step adds W keys and values. For a
     # hypothesis that changes its place they need not move: the lineage, [B, W, L, W],
     # tells from which place it got its token at each position.
-    lineage = jnp.zeros((batch_size, beam_size, max_len, beam_size), bool)
-
-    def empty(kv):
-        return jnp.zeros((*kv.shape[:2], max_len * beam_size, kv.shape[3]), kv.dtype)
-
-    cache = jax.tree.map(empty, memory_kv)
+    lineage = jnp.zeros((batch_size, beam_size, 0, beam_size), bool)
+    cache = jax.tree.map(lambda kv: kv[:, :, :0], memory_kv)
     carry = (0, tokens, log_p, ended, lineage, cache)
-    _, tokens, log_p, _, _, _ = jax.lax.while_loop(unfinished, step, carry)
+    # A step takes its time for the whole length of the cache, filled or not. So the
+    # cache starts short, and whenever it is full becomes about twice as long.
+    room = 0  # in steps
+    while room < max_len:
+        room = 2 * room or 32
+        room = room if 2 * room <= max_len else max_len
+        *others, lineage, cache = carry
+        lineage = lengthen(room, lineage)
+        cache = jax.tree.map(partial(lengthen, room * beam_size), cache)
+        carry = *others, lineage, cache
+        carry = jax.lax.while_loop(partial(unfinished, room), step, carry)
+    _, tokens, log_p, *_ = carry
 
     tokens = tokens[..., 1:]
     is_eos = tokens == EOS_ID
@@ -961,7 +971,7 @@ def parse_arguments(argv):
         default = demo if demo == pairs else f"{demo}, with --pairs {pairs}"
         add(
             "--" + name.replace("_", "-"),
-            type=functools.partial(parse_number, kind),
+            type=partial(parse_number, kind),
             metavar="N",
             help=f"{meaning} (default {default})",
         )

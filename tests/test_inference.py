@@ -98,6 +98,21 @@ def test_greedy_equals_decoding_without_cache(tiny):
     assert len(np.unique(expected, axis=0)) > 1
 
 
+@pytest.mark.parametrize("tiny", [True], indirect=True)
+def test_decoding_past_the_first_length_of_the_cache(tiny):
+    _, params, model = tiny
+    model = tm.Transformer(dataclasses.replace(model.config, max_len=70))
+    expected = decoded_without_cache(model, params, SRC, max_len=70)
+    assert max(lengths_of(expected)) == 70
+    decoded = tm.greedy_decode(model, params, SRC, max_len=70)
+    np.testing.assert_array_equal(decoded, expected)
+    tokens, scores = tm.beam_search(model, params, SRC, 70, 2, alpha=0.0)
+    for beam in range(2):
+        log_p = log_probabilities(model, params, SRC, np.array(tokens[:, beam]))
+        kept = np.arange(70) < lengths_of(tokens[:, beam])[:, None]
+        np.testing.assert_allclose(scores[:, beam], (log_p * kept).sum(-1), rtol=1e-4)
+
+
 def test_greedy_rows_end_at_different_times_and_stay_ended():
     src, seen = SRC[:5], set()
     for seed in SEEDS:
