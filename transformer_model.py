@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.training import train_state
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # ---- 1 Configuration -----------------------------------------------------------------
@@ -129,12 +130,12 @@ class PositionalEncoding(nn.Module):
     config: TransformerConfig
 
     def __call__(self, x, position=None):
-        """x [B, L, D] -> [B, L, D]; it is at positions 0 to L - 1, or all at `position`."""
+        """x [B, L, D], at positions 0 to L - 1 or all at `position` -> [B, L, D]."""
         max_len, d_model = self.config.max_len, self.config.d_model
         if position is None and not 1 <= x.shape[1] <= max_len:
             raise ValueError(f"{x.shape} [B, L, D]: L must be 1 to max_len {max_len}")
-        wavelength = 10000 ** (np.arange(0, d_model, 2) / d_model)  # over 2 pi
-        angle = np.arange(max_len)[:, None] / wavelength  # [max_len, D / 2]
+        divisor = 10000 ** (np.arange(0, d_model, 2) / d_model)  # [D / 2]
+        angle = np.arange(max_len)[:, None] / divisor  # [max_len, D / 2]
         table = np.stack([np.sin(angle), np.cos(angle)], axis=-1)  # [max_len, D / 2, 2]
         table = jnp.asarray(table.reshape(max_len, d_model), x.dtype)
         return x + (table[: x.shape[1]] if position is None else table[position])
@@ -144,7 +145,9 @@ class PositionalEncoding(nn.Module):
 
 
 def scaled_dot_product_attention(query, key, value, mask=None):
-    """Attention(Q, K, V) = softmax(Q K^T / sqrt(K)) V (Eq. 1), for all heads at once.
+    """Attention(Q, K, V) = softmax(Q K^T / sqrt(d_k)) V (Eq. 1), for all heads at once.
+
+    The paper's d_k, the width of query and key, is the last axis, K.
 
     Args:
       query: [B, H, T, K].
@@ -195,8 +198,8 @@ class Dense(nn.Module):
         xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
         kernel = self.param("kernel", xavier, (x.shape[-1], self.features))
         bias = self.param("bias", zeros, (self.features,))
-        # Of two matrices, without a batch, XLA computes the gradient of the product
-        # faster: it made a training step of the base model 1.18 times as fast.
+        # XLA computes the gradient of a product of two matrices faster than that of
+        # one with a batch: a training step of the base model was 1.18 times as fast.
         y = x.reshape(-1, x.shape[-1]) @ kernel.astype(self.config.dtype)
         return (y + bias.astype(y.dtype)).reshape(*x.shape[:-1], self.features)
 
@@ -278,7 +281,7 @@ class AddAndNorm(nn.Module):
         return self.norm(x) if self.config.norm_first else x
 
     def leave(self, x, y, deterministic=True):
-        """The sub-layer's input x and its output y, both [B, L, D] -> [B, L, D]."""
+        """x as given to `enter`, y from the sub-layer, both [B, L, D] -> [B, L, D]."""
         x = x + self.dropout(y, deterministic)
         return x if self.config.norm_first else self.norm(x)
 
@@ -307,7 +310,7 @@ class DecoderBlock(nn.Module):
     """Masked self-attention, attention to the memory, feed-forward (Figure 1, right).
 
     Decoding keeps two kv from token to token: that of the memory, which depends on the
-    source alone, and the cache, the self-attention's kv of the tokens so far.
+    source alone, and the cache, the self-attention's kv of all the tokens so far.
     """
 
     config: TransformerConfig
@@ -324,7 +327,7 @@ class DecoderBlock(nn.Module):
         memory_kv,  # cross_attention.project_kv(memory), of length S
         self_mask=None,  # broadcastable to [B, H, T, L], L = T without a cache
         memory_mask=None,  # broadcastable to [B, H, T, S]
-        cache=None,  # kv of length L; x's own is written into it from `start` on
+        cache=None,  # kv of length L; x's own replaces its part from `start` on
         start=0,
         deterministic=True,
     ):
@@ -459,20 +462,23 @@ class Transformer(nn.Module):
 
     def decode(
         self,
-        tgt,  # int [B, T], the decoder's input
+        tgt,
         memory_kv,  # project_kv(memory)
-        self_mask,  # broadcastable to [B, H, T, T]
+        self_mask,
         memory_mask,  # padding_mask(src)
         cache=None,
         position=None,
         deterministic=True,
     ):
-        """Returns the logits for the next tokens, [B, T, V], and every block's kv.
+        """Returns the logits for the next tokens, and every block's kv.
 
-        That is the parallel pass. For one step of decoding, tgt [B, W] has the tokens
-        at `position` of W targets of each source. The cache is every block's kv of
-        length L * W, for W tokens at each position, to which those of tgt are added;
-        self_mask, broadcastable to [B, H, W, L * W], says which of them each may see.
+        The parallel pass, without a cache: tgt int [B, T], self_mask broadcastable to
+        [B, H, T, T] -> [B, T, V].
+
+        One step of decoding: tgt int [B, W], the tokens at `position` of W targets of
+        each source; the cache, every block's kv, of length L * W; self_mask broadcast-
+        able to [B, H, W, L * W] -> [B, W, V]. The kv of target w's token at position p
+        is entry p * W + w of the cache.
         """
         start = 0 if cache is None else position * tgt.shape[1]
         x = self._embed(self.tgt_embedding, tgt, deterministic, position)
@@ -622,9 +628,10 @@ def greedy_decode(model, params, src, max_len):
 def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     """Looks for the W likeliest targets of each source (section 6.1).
 
-    Each row has W places for hypotheses. One that ends in EOS keeps its place; at each
-    step the likeliest continuations of the others share what is left. The search ends
-    when all have ended, or at `max_len` tokens, where some may be without EOS.
+    Each row has W = `beam_size` places for hypotheses. One that ends in EOS keeps a
+    place; at each step the likeliest continuations of the others share what is left.
+    The search ends when all have ended, or at `max_len` tokens, where some may be
+    without EOS.
 
     Args:
       src: int [B, S].
@@ -634,7 +641,7 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     Returns:
       tokens: int32 [B, W, max_len], without BOS, PAD after EOS, best first.
       scores: float32 [B, W], log P / ((5 + length) / 6)^alpha; EOS counts in length.
-        -inf marks a place that is empty, for want of so many different targets.
+        -inf marks an empty place, for want of so many targets; ignore its tokens.
     """
     config = model.config
     if config.head != "logits":
@@ -658,6 +665,7 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     def step(carry):
         position, tokens, log_p, ended, lineage, cache = carry
         last = tokens[:, :, position]  # [B, W]
+        # A hypothesis sees its own last token, and it alone does; if PAD, none does.
         own = jnp.eye(beam_size, dtype=bool) & (last != PAD_ID)[..., None]
         lineage = lineage.at[:, :, position].set(own)
         masks = lineage.reshape(batch_size, 1, beam_size, -1), memory_mask
@@ -681,18 +689,21 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     # All beams start out the same: only the first may be continued.
     log_p = jnp.full((batch_size, beam_size), -jnp.inf).at[:, 0].set(0)
     ended = jnp.zeros((batch_size, beam_size), bool)
-    # A row's places share one cache, to which each step adds W keys and values. For a
-    # hypothesis that changes its place they need not move: the lineage, [B, W, L, W],
-    # tells from which place it got its token at each position.
+    # A row's places share one cache, to which each step adds W keys and values. When a
+    # hypothesis changes its place they stay where they are, and its line of `lineage`,
+    # [B, W, L, W], goes along: it is True at [p, v] if its token at position p was
+    # added by place v. That is the self-attention's mask.
     lineage = jnp.zeros((batch_size, beam_size, 0, beam_size), bool)
-    cache = jax.tree.map(lambda kv: kv[:, :, :0], memory_kv)
+    cache = jax.tree.map(lambda x: x[:, :, :0], memory_kv)
     carry = (0, tokens, log_p, ended, lineage, cache)
-    # A step takes its time for the whole length of the cache, filled or not. So the
-    # cache starts short, and whenever it is full becomes about twice as long.
-    room = 0  # in steps
+    # A step takes its time for the whole length of the cache, filled or not. So that
+    # has room for 32 steps at first, and for twice as many whenever it is full, or for
+    # all where twice as many are not to come.
+    room = 0
     while room < max_len:
         room = 2 * room or 32
-        room = room if 2 * room <= max_len else max_len
+        if 2 * room > max_len:
+            room = max_len
         *others, lineage, cache = carry
         lineage = lengthen(room, lineage)
         cache = jax.tree.map(partial(lengthen, room * beam_size), cache)
@@ -939,8 +950,8 @@ def main(argv=None):
     except (InputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        return 128 + (error.args or (signal.SIGINT,))[0]
     except BrokenPipeError:  # as in `... | head`: nobody reads on, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -952,6 +963,9 @@ def parse_arguments(argv):
     class Parser(argparse.ArgumentParser):
         def error(self, message):  # argparse's own prints the usage as well, and exits
             raise InputError(message)
+
+    def flag(name):
+        return "--" + name.replace("_", "-")
 
     def parse_number(kind, text):
         convert, allowed, is_allowed = KINDS[kind]
@@ -969,12 +983,8 @@ def parse_arguments(argv):
     add("--translate", nargs="*", metavar="TEXT", help=translate_help)
     for name, (kind, demo, pairs, meaning) in NUMBERS.items():
         default = demo if demo == pairs else f"{demo}, with --pairs {pairs}"
-        add(
-            "--" + name.replace("_", "-"),
-            type=partial(parse_number, kind),
-            metavar="N",
-            help=f"{meaning} (default {default})",
-        )
+        text = f"{meaning} (default {default})"
+        add(flag(name), type=partial(parse_number, kind), metavar="N", help=text)
     add("--bf16", action="store_true", help="compute in bfloat16")
     add("--distributed", action="store_true", help="join a job of several processes")
     args = parser.parse_args(argv)
@@ -982,9 +992,9 @@ def parse_arguments(argv):
     given = [name for name in ("pairs", *NUMBERS) if getattr(args, name) is not None]
     given += ["distributed"] * args.distributed
     if args.translate is not None:
-        for name in set(given) - {"beam_size"}:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} has no meaning with --translate")
+        for name in given:
+            if name != "beam_size":
+                raise InputError(f"{flag(name)} has no meaning with --translate")
         if args.checkpoint is None:
             raise InputError("--translate needs --checkpoint FILE")
     for name, (_, demo, pairs, _) in NUMBERS.items():
@@ -1006,9 +1016,14 @@ def join_job():
 
 
 def say(text="", file=None):
-    """Prints, in the first process of a job: results to stdout, progress to stderr."""
+    """Prints a result to stdout, in the first process of a job."""
     if jax.process_index() == 0:
         print(text, file=file, flush=True)
+
+
+def log(text):
+    """Prints progress to stderr, in the first process of a job."""
+    say(text, sys.stderr)
 
 
 def train(args):
@@ -1034,7 +1049,7 @@ def train(args):
             try:
                 save_checkpoint(args.checkpoint, config, state, **notes)
             except OSError as error:
-                return f"cannot write {error.filename}: {error.strerror}"
+                return f"cannot write {args.checkpoint}: {error.strerror}"
 
     if problem := save():  # known before training, not after it
         raise InputError(problem)
@@ -1045,15 +1060,12 @@ def train(args):
     parts = NamedSharding(mesh, PartitionSpec("data"))
     start = int(state.step)
     if start >= args.steps:
-        say(
-            f"{args.checkpoint} has {start} steps: --steps {args.steps} adds none",
-            sys.stderr,
-        )
+        log(f"{args.checkpoint} has {start} steps: --steps {args.steps} adds none")
     every = max(1, min(500, args.steps // 20))
     batches = training_batches(
         train_pairs, config.max_len, args.batch_size, args.seed, start
     )
-    done, since, num_tokens = start, time.perf_counter(), 0
+    done, since, num_tokens, metrics = start, time.perf_counter(), 0, None
     with catch_signals() as caught:
         for step in range(start + 1, args.steps + 1):
             batch = next(batches)
@@ -1062,10 +1074,15 @@ def train(args):
                 name: jax.make_array_from_callback(x.shape, parts, x.__getitem__)
                 for name, x in batch.items()
             }
+            # The device does one step at a time, and meanwhile this prepares the next
+            # batch. With many steps under way, processes on CPUs block each other.
+            jax.block_until_ready(metrics)
             state, metrics = train_step(state, batch, label_smoothing=0.0)
+            # After a SIGTERM to one of several processes, all stop at the same step.
+            if multihost_utils.reached_preemption_sync_point(step):
+                caught.append(signal.SIGTERM)
             if step % every and step < args.steps and not caught:
                 continue
-            # Only here does the program wait for the device.
             loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
             norm = float(optax.tree.norm(state.params))
             if not np.isfinite([loss, norm]).all():
@@ -1075,19 +1092,16 @@ def train(args):
             seconds = time.perf_counter() - since
             left = round(seconds / (step - done) * (args.steps - step))
             problem = save()
-            say(
+            log(
                 f"step {step:>{len(str(args.steps))}} of {args.steps}  loss {loss:.4f}"
                 f"  accuracy {accuracy:6.1%}  {num_tokens / seconds:,.0f} tokens/s"
-                f"  {left // 60}:{left % 60:02} left",
-                sys.stderr,
+                f"  {left // 60}:{left % 60:02} left"
             )
             if problem:
-                say(f"{problem}; training goes on", sys.stderr)
+                log(f"{problem}; training goes on")
             if caught:
-                where = (
-                    f"saved to {args.checkpoint}" if args.checkpoint else "not saved"
-                )
-                say(f"interrupted after step {step}, {problem or where}", sys.stderr)
+                how = f"saved to {args.checkpoint}" if args.checkpoint else "not saved"
+                log(f"interrupted after step {step}, {problem or how}")
                 return 128 + caught[0]
             if step % (5 * every) == 0 and step < args.steps:
                 evaluate(config, state, valid_pairs, args.beam_size, sys.stderr)
@@ -1101,6 +1115,8 @@ def train(args):
 def split_pairs(args):
     """Returns the training pairs and the validation pairs that `args` ask for."""
     if args.pairs is None:
+        if args.max_len < 4:
+            raise InputError("--max-len must be at least 4 to reverse words")
         pairs = short = reversal_pairs(40_000, args.max_len, args.seed)
         num_valid = 512
     else:
@@ -1111,7 +1127,7 @@ def split_pairs(args):
             raise InputError(f"{args.pairs}: no pair is within {limit}")
         if len(short) < len(pairs):
             left_out = f"{len(pairs) - len(short):,} of {len(pairs):,} pairs"
-            say(f"left out {left_out}, longer than {limit}", sys.stderr)
+            log(f"left out {left_out}, longer than {limit}")
         num_valid = min(500, max(1, len(short) // 10))
     train_pairs, valid_pairs = hold_out(short, num_valid, args.seed)
     if args.batch_size > len(train_pairs):
@@ -1144,9 +1160,10 @@ def resume(path, config, state, notes):
     checkpoint = load_checkpoint(path)
     theirs = {**dataclasses.asdict(checkpoint.config), **checkpoint.notes}
     ours = {**dataclasses.asdict(config), **notes}
-    for name in ours.keys() - {"dropout_rate", "dtype"}:  # these two may change
-        if ours[name] != theirs.get(name):
-            differs = f"{name} is {theirs.get(name)} there and {ours[name]} here"
+    for name, value in ours.items():
+        may_change = name in ("dropout_rate", "dtype")
+        if value != theirs.get(name) and not may_change:
+            differs = f"{name} is {theirs.get(name)} there and {value} here"
             raise InputError(f"{path}: cannot continue: {differs}")
     return flax.serialization.from_state_dict(state, checkpoint.state)
 
@@ -1155,15 +1172,18 @@ def resume(path, config, state, notes):
 def catch_signals():
     """Gives a list that gets the number of the first SIGINT (Ctrl-C) or SIGTERM, so
     that the step in hand can end and be saved. A second signal interrupts at once.
+
+    In a job of several processes JAX watches for SIGTERM, and SIGINT is not caught.
     """
     caught = []
 
     def catch(number, frame):
         if caught:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         caught.append(number)
 
-    before = {n: signal.signal(n, catch) for n in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM] if jax.process_count() == 1 else []
+    before = {number: signal.signal(number, catch) for number in numbers}
     try:
         yield caught
     finally:
@@ -1217,8 +1237,7 @@ def translate(args):
         )
     if args.bf16:
         config = dataclasses.replace(config, dtype=jnp.bfloat16)
-    params = jax.device_put(params)
-    status = 0
+    model, params, status = Transformer(config), jax.device_put(params), 0
     texts = map(os.fsencode, args.translate) if args.translate else sys.stdin.buffer
     numbered = enumerate(texts, 1)
     while chunk := list(itertools.islice(numbered, 1024)):
@@ -1230,13 +1249,11 @@ def translate(args):
                     limit = f"{len(line)} bytes, the most is {config.max_len - 1}"
                     raise InputError(f"line {number}: {limit}")
             except InputError as error:
-                say(f"error: {error}", sys.stderr)
+                log(f"error: {error}")
                 line, status = b"", 2
             lines.append(line)
         filled = [line for line in lines if line]
-        outputs = iter(
-            decode_texts(Transformer(config), params, filled, args.beam_size)
-        )
+        outputs = iter(decode_texts(model, params, filled, args.beam_size))
         for line in lines:
             print(next(outputs) if line else "")
         sys.stdout.flush()
@@ -1249,10 +1266,7 @@ def show_model(config, params, mesh):
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         say(f"  {field.name:<16} {value if field.name != 'dtype' else value.__name__}")
-    sizes = {
-        part: sum(x.size for x in jax.tree.leaves(tree))
-        for part, tree in params.items()
-    }
+    sizes = {part: optax.tree.size(tree) for part, tree in params.items()}
     parts = ", ".join(f"{part} {size:,}" for part, size in sorted(sizes.items()))
     say(f"Parameters: {sum(sizes.values()):,} ({parts})")
     say(f"Devices: {mesh.size} x {mesh.devices.flat[0].device_kind}\n")

@@ -122,6 +122,7 @@ def assert_refused(result, *words):
         (["--dropout", "1"], ["--dropout", "below 1"]),
         (["--seed", "-1"], ["--seed"]),
         (["--max-len", "0"], ["--max-len"]),
+        (["--max-len", "3"], ["--max-len", "at least 4"]),
         (["--beam-size", "0"], ["--beam-size"]),
         (["--d-model", "63"], ["d_model", "multiple of", "63"]),
         (["--num-heads", "5"], ["d_model", "multiple of", "5"]),

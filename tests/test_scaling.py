@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -23,8 +24,8 @@ def devices(number):
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
-def run(kind, *args):
-    """Runs the script on "1", "4" or "2 x 2" devices; returns what process 0 printed."""
+def start(kind, *args):
+    """Starts the script on "1", "4" or "2 x 2" devices; returns its processes."""
     command = [sys.executable, SCRIPT, *OPTIONS, *map(str, args)]
     if kind == "2 x 2":
         with socket.socket() as free:
@@ -38,7 +39,12 @@ def run(kind, *args):
     else:
         environments = [devices(int(kind))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, env=env, **pipes) for env in environments]
+    return [subprocess.Popen(command, env=env, **pipes) for env in environments]
+
+
+def run(kind, *args):
+    """Waits for the script; returns what process 0 printed."""
+    processes = start(kind, *args)
     results = [process.communicate(timeout=240) for process in processes]
     for process, (_, err) in zip(processes, results):
         assert process.returncode == 0, err
@@ -94,6 +100,22 @@ def test_same_losses_everywhere_and_checkpoints_go_from_one_to_another(data, tmp
         continued.append(final_loss(file, pairs))
     np.testing.assert_allclose(*continued, atol=1e-5)
     assert abs(continued[0] - final["1"]) > 1e-4
+
+
+def test_sigterm_to_one_process_saves_and_stops_all_at_one_step(data, tmp_path):
+    file = tmp_path / "job.msgpack"
+    args = "--pairs", data[0], "--checkpoint", file, "--steps", 2000
+    processes = start("2 x 2", *args)
+    # Progress comes every 100 steps: how far each process runs ahead is its own affair.
+    while "step" not in (line := processes[0].stderr.readline()):
+        assert line, "ended before the first progress"
+    processes[1].send_signal(signal.SIGTERM)
+    _, err = processes[0].communicate(timeout=120)
+    processes[1].communicate(timeout=120)
+    assert [process.returncode for process in processes] == [143, 143]
+    (step,) = re.findall(rf"interrupted after step (\d+), saved to {file}", err)
+    assert int(step) > 100
+    assert tm.load_checkpoint(file).state["step"] == int(step)
 
 
 def test_loss_is_the_mean_over_all_labels_not_of_the_devices_means():
