@@ -4,6 +4,7 @@ import re
 import runpy
 
 import pytest
+import what_breaks
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -33,3 +34,11 @@ def test_sections_of_the_map_exist():
     assert [int(number) for number, _ in sections] == list(range(1, 13))
     for number, title in sections:
         assert f"| {number} {title} |" in README
+
+
+def test_lines_of_the_table_are_those_that_what_breaks_changes():
+    for name, old, _ in what_breaks.CHANGES[1:]:
+        assert what_breaks.SOURCE.count(old) == 1, name
+        line = what_breaks.SOURCE[: what_breaks.SOURCE.index(old)].count("\n") + 1
+        rows = re.findall(rf"^{re.escape(name)} +(\d+) ", README, re.MULTILINE)
+        assert rows and set(rows) == {str(line)}, name
