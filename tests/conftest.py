@@ -70,3 +70,8 @@ def tiny(request):
     params = randomized(jax.jit(model.init)(jax.random.key(0), src, tgt)["params"])
     static = ("deterministic", "method", "mutable")
     return jax.jit(model.apply, static_argnames=static), params, model
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no worker is left with them at the end."""
+    items.sort(key=lambda item: item.path.name != "test_scaling.py")
