@@ -440,7 +440,9 @@ class Transformer(nn.Module):
     config: TransformerConfig
 
     def setup(self):
-        def matrix(name, rows, init=nn.initializers.normal(self.config.d_model**-0.5)):
+        normal = nn.initializers.normal(self.config.d_model**-0.5)
+
+        def matrix(name, rows, init=normal):
             return self.param(name, init, (rows, self.config.d_model))
 
         src_size, tgt_size = self.config.src_vocab_size, self.config.tgt_vocab_size
@@ -1322,11 +1324,10 @@ def show_model(config, params, mesh):
         say("  " + "    ".join(cells) + f"   {name}")
 
 
-# The options that a checkpoint keeps, and those of them that may change afterwards.
-KEPT = (
-    "seed batch_size max_len vocab_size d_model num_heads num_layers post_norm".split()
-)
-FREE = "steps learning_rate dropout label_smoothing bf16".split()
+# The options that may change when a run goes on, and all that a checkpoint keeps.
+FREE = ["steps", "learning_rate", "dropout", "label_smoothing", "bf16"]
+KEPT = ["seed", "batch_size", "max_len", "vocab_size", "post_norm", *FREE]
+KEPT += ["d_model", "num_heads", "num_layers"]
 
 
 def begin(args):
@@ -1357,7 +1358,7 @@ def begin(args):
     )
     optimizer = optax.adam(schedule, b1=0.9, b2=0.98, eps=1e-9)
     state = create_train_state(config, jax.random.key(args.seed), optimizer)
-    options = {name: getattr(args, name) for name in KEPT + FREE}
+    options = {name: getattr(args, name) for name in KEPT}
     notes = {
         "options": {"task": "pairs" if args.pairs else "reversal", **options},
         "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
