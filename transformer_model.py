@@ -781,10 +781,10 @@ class Tokenizer:
     """Byte-pair encoding of UTF-8 text (section 5.1): any text has an encoding.
 
     Byte b is token b + 3. Every merge makes one more token of two that often follow one
-    another in a word, to which the space before it belongs.
+    another in a word; the space before a word belongs to it.
 
     >>> tokenizer = Tokenizer.learn(["low", "lower", "slow"], vocab_size=261)
-    >>> tokenizer.merges  # "l" and "o" are token 259; that and "w" are token 260
+    >>> tokenizer.merges  # "l" and "o" become token 259, then that and "w" token 260
     [(111, 114), (259, 122)]
     >>> tokenizer.encode("lows"), tokenizer.decode([260, 118])
     ([260, 118], 'lows')
@@ -801,56 +801,53 @@ class Tokenizer:
             self.bytes_of[token] = self.bytes_of[left] + self.bytes_of[right]
         self.vocab_size = len(self.bytes_of)
         self.token_of = {pair: i for i, pair in enumerate(self.merges, FIRST_MERGE_ID)}
-        self.known_words = {}  # to their tokens
+        self.known_words = {}  # and their tokens
 
     @classmethod
     def learn(cls, texts, vocab_size):
-        """Merges the most frequent pair of tokens until there are `vocab_size` tokens.
-
-        Of equally frequent pairs, the one with the smaller tokens comes first. It stops
-        early when no pair occurs twice.
+        """Merges the most frequent pair of tokens, again and again; of equally frequent
+        pairs the one with the smaller tokens. Stops early when no pair occurs twice.
         """
         if vocab_size < FIRST_MERGE_ID:
             raise InputError(
                 f"vocab_size must be at least {FIRST_MERGE_ID}: {vocab_size}"
             )
         words = collections.Counter(w for text in texts for w in WORD.findall(text))
-        # All different words in one array, each between bytes that no UTF-8 contains,
-        # and for every token how often its word occurs.
+        # All different words in one array, with a border before and after each: a byte
+        # that no UTF-8 contains. The weight of a token is how often its word occurs.
         spelled = [word.encode() + b"\xff" for word in words]
         tokens = np.frombuffer(b"\xff" + b"".join(spelled), np.uint8).astype(np.int64)
         tokens, border = tokens + FIRST_SYMBOL_ID, 0xFF + FIRST_SYMBOL_ID
         weights = np.repeat([0, *words.values()], [1, *map(len, spelled)])
-        counts, queue = collections.Counter(), []  # of pairs: left * vocab_size + right
+        counts, queue = collections.Counter(), []
 
         def count(at, sign):
-            """Adds the pairs at these places to the counts, or takes them off."""
+            """Adds the pairs that begin at these places to the counts, or takes them off."""
             at = at[(tokens[at] != border) & (tokens[at + 1] != border)]
-            pairs = tokens[at] * vocab_size + tokens[at + 1]
+            pairs = tokens[at] * vocab_size + tokens[at + 1]  # each as one number
             pairs, inverse = np.unique(pairs, return_inverse=True)
-            totals = np.bincount(inverse, sign * weights[at], len(pairs))
+            totals = np.bincount(inverse, sign * weights[at], len(pairs)).astype(int)
             for pair, total in zip(pairs.tolist(), totals.tolist()):
-                counts[pair] += int(total)
+                counts[pair] += total
                 heapq.heappush(queue, (-counts[pair], pair))
 
         count(np.arange(len(tokens) - 1), 1)
         merges = []
         while queue and FIRST_MERGE_ID + len(merges) < vocab_size:
             negative_count, pair = heapq.heappop(queue)
-            if (
-                -negative_count == counts[pair] >= 2
-            ):  # Else it is out of date, or too rare.
-                left, right = divmod(pair, vocab_size)
-                at = np.flatnonzero((tokens[:-1] == left) & (tokens[1:] == right))
-                if left == right:  # Of three in a row the first two merge.
-                    runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
-                    at = np.concatenate([run[::2] for run in runs])
-                count(np.unique([at - 1, at, at + 1]), -1)
-                tokens[at] = FIRST_MERGE_ID + len(merges)
-                tokens, weights = np.delete(tokens, at + 1), np.delete(weights, at + 1)
-                at = at - np.arange(len(at))  # where they are now
-                count(np.unique([at - 1, at]), 1)
-                merges.append((left, right))
+            if -negative_count != counts[pair] or counts[pair] < 2:
+                continue  # out of date, or too rare
+            left, right = divmod(pair, vocab_size)
+            at = np.flatnonzero((tokens[:-1] == left) & (tokens[1:] == right))
+            if left == right:  # Of three in a row the first two merge.
+                runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
+                at = np.concatenate([run[::2] for run in runs])
+            count(np.unique([at - 1, at, at + 1]), -1)
+            tokens[at] = FIRST_MERGE_ID + len(merges)
+            tokens, weights = np.delete(tokens, at + 1), np.delete(weights, at + 1)
+            at -= np.arange(len(at))  # They have moved up.
+            count(np.unique([at - 1, at]), 1)
+            merges.append((left, right))
         return cls(merges)
 
     def encode(self, text):
@@ -1019,10 +1016,9 @@ def remove_leftovers(path):
     """Removes what processes left behind that were killed while they saved to `path`."""
     for file in glob.glob(f"{glob.escape(path)}.*.tmp"):
         process = file.split(".")[-2]
-        is_checkpoint = FORMAT.startswith(read_file(file)[: len(FORMAT)])
-        if process.isdigit() and is_checkpoint:
+        if process.isdigit() and FORMAT.startswith(read_file(file)[: len(FORMAT)]):
             try:
-                os.kill(int(process), 0)  # does nothing but ask whether it is running
+                os.kill(int(process), 0)  # asks whether it is running, and no more
                 is_running = int(process) != os.getpid()
             except ProcessLookupError:
                 is_running = False
@@ -1060,7 +1056,7 @@ def restore(path, template, content):
     """Returns content of the checkpoint at `path`, if its arrays are like `template`'s."""
 
     def describe(tree):
-        return jax.tree.map(lambda x: (np.shape(x), str(np.result_type(x))), tree)
+        return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
 
     with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
         restored = flax.serialization.from_state_dict(template, content)
@@ -1070,10 +1066,10 @@ def restore(path, template, content):
 
 
 def load_checkpoint(path):
-    """Reads a file that `save_checkpoint` wrote. To train on, put its state into one
+    """Reads what `save_checkpoint` wrote. To train on, put its state into a TrainState
     that was made alike: `restore(path, train_state, checkpoint.state)`.
 
-    An InputError tells apart no file, another file, a damaged one, another version.
+    No such file, another file, a damaged one, another version: each is an InputError.
     """
     first, _, rest = read_file(path).partition(b"\n")
     digest, _, content = rest.partition(b"\n")
@@ -1082,7 +1078,7 @@ def load_checkpoint(path):
         raise InputError(f"{path}: not a checkpoint of this program")
     if int(version) != VERSION:
         versions = f"version {int(version)}, and this program reads version {VERSION}"
-        raise InputError(f"{path}: made by another edition of this program: {versions}")
+        raise InputError(f"{path}: made by another edition: {versions}")
     if digest != hashlib.sha256(content).hexdigest().encode():
         raise InputError(f"{path}: damaged or cut short")
     try:
@@ -1121,31 +1117,27 @@ def decode_all(model, params, sources, beam_size, max_len=32):
     Most outputs are short, and attention over a long cache is slow. So all are decoded
     to 32 tokens, and only those that have not ended by then to the model's `max_len`.
     """
-    outputs, unfinished = [None] * len(sources), []
-    max_len = min(max_len, model.config.max_len)
-    rows = [(source,) for source in sources]
-    for numbers, width in batches_by_width(rows, model.config.max_len, batch_size=64):
-        # Every number of rows is compiled anew. Repeating some, there are 1, 2, 4, ...
-        num_rows = 2 ** (len(numbers) - 1).bit_length()
-        src = [[*sources[i], EOS_ID] for i in np.resize(numbers, num_rows)]
-        job = model, params, pad(src, width), max_len
+    outputs, longest = {}, model.config.max_len
+    max_len = min(max_len, longest)
+    for numbers, width in batches_by_width([(s,) for s in sources], longest, 64):
+        # Every number of rows is compiled anew: repetitions make it 1, 2, 4, 8, ...
+        filled = np.resize(numbers, 2 ** (len(numbers) - 1).bit_length())
+        src = pad([[*sources[i], EOS_ID] for i in filled], width)
         if beam_size == 1:
-            tokens = greedy_decode(*job)[:, None]
+            tokens = greedy_decode(model, params, src, max_len)[:, None]
         else:
-            tokens, _ = beam_search(*job, beam_size)
-        if jnp.any(tokens < 0):
+            tokens, _ = beam_search(model, params, src, max_len, beam_size)
+        if (tokens < 0).any():
             raise RunError("the model is of no use: its logits are NaN")
-        ended = has_ended(tokens).all(axis=1)
-        for i, row, is_done in zip(numbers, np.asarray(tokens[:, 0]), ended.tolist()):
-            outputs[i] = row.tolist()
-            if not is_done and max_len < model.config.max_len:
-                unfinished.append(i)
-    if unfinished:
+        tokens = np.asarray(tokens)
+        done = has_ended(tokens).all(axis=1) | (max_len == longest)
+        best = zip(numbers, tokens[:, 0].tolist(), done)
+        outputs |= {i: output for i, output, is_done in best if is_done}
+    if unfinished := [i for i in range(len(sources)) if i not in outputs]:
         again = [sources[i] for i in unfinished]
-        longer = decode_all(model, params, again, beam_size, model.config.max_len)
-        for i, output in zip(unfinished, longer):
-            outputs[i] = output
-    return outputs
+        again = decode_all(model, params, again, beam_size, longest)
+        outputs |= dict(zip(unfinished, again))
+    return [outputs[i] for i in range(len(sources))]
 
 
 def one_line(text):
@@ -1168,6 +1160,7 @@ def show_attention(model, params, tokenizer, source, target):
         say(f"(Its attention is {len(header)} columns wide, and not drawn beyond 80.)")
         return
     src, tgt = np.array([[*source, EOS_ID]]), np.array([[BOS_ID, *target]])
+    tgt = tgt[:, : model.config.max_len]  # All of it, unless it was cut off before EOS.
     apply = jax.jit(model.apply, static_argnames="mutable")
     _, variables = apply({"params": params}, src, tgt, mutable="intermediates")
     blocks = variables["intermediates"]["decoder"]
@@ -1209,21 +1202,20 @@ def translate(args):
             lines, chunk_size = typed_lines(), 1
     numbered = enumerate(lines, 1)
     while chunk := list(itertools.islice(numbered, chunk_size)):
-        sources = []
+        sources = dict.fromkeys(number for number, _ in chunk)
         for number, line in chunk:
             try:
-                sources.append(tokenizer.encode(decode_line(line, f"line {number}")))
-                if (length := len(sources[-1])) >= config.max_len:
-                    sources.pop()
-                    limit = f"{length} tokens, the most is {config.max_len - 1}"
+                source = tokenizer.encode(decode_line(line, f"line {number}"))
+                if len(source) >= config.max_len:
+                    limit = f"{len(source)} tokens, the most is {config.max_len - 1}"
                     raise InputError(f"line {number}: {limit}")
+                sources[number] = source
             except InputError as error:
                 log(f"error: {error}")
-                sources.append([])
                 status = 2
-        outputs = decode_all(model, params, [s for s in sources if s], args.beam_size)
-        outputs = iter(outputs)
-        for source in sources:
+        texts = [source for source in sources.values() if source]
+        outputs = iter(decode_all(model, params, texts, args.beam_size))
+        for source in sources.values():
             output = next(outputs) if source else []
             say(one_line(tokenizer.decode(output)))
             if source and args.attention:
@@ -1262,11 +1254,12 @@ def prepare_data(args, notes):
         tokenizer = Tokenizer(notes["merges"])
     else:
         tokenizer = Tokenizer.learn(itertools.chain(*train), args.vocab_size)
-    tokens = [
-        [tuple(map(tokenizer.encode, p)) for p in some] for some in (train, valid)
-    ]
-    short = [[p for p in s if max(map(len, p)) <= args.max_len] for s in tokens]
-    train_pairs, valid_pairs = short
+
+    def encode_short(pairs):
+        pairs = [tuple(map(tokenizer.encode, pair)) for pair in pairs]
+        return [pair for pair in pairs if max(map(len, pair)) <= args.max_len]
+
+    train_pairs, valid_pairs = encode_short(train), encode_short(valid)
     name, limit = args.pairs or "the demo", f"--max-len {args.max_len} tokens"
     if not valid_pairs:
         raise InputError(f"{args.valid or name}: no pair to measure on within {limit}")
@@ -1330,17 +1323,34 @@ KEPT = ["seed", "batch_size", "max_len", "vocab_size", "post_norm", *FREE]
 KEPT += ["d_model", "num_heads", "num_layers"]
 
 
+def resume(path, state, notes, old):
+    """Returns `state` with the content of the old checkpoint, if the options allow it."""
+    for name, here in notes["options"].items():
+        there = old.notes["options"].get(name)
+        if here != there:
+            differs = f"{name} is {there} there and {here} here"
+            if name not in FREE:
+                raise InputError(f"{path}: cannot continue: {differs}")
+            log(f"{path}: {differs}")
+    if notes["digest"] != old.notes["digest"]:
+        log(f"{path}: the pairs to train on have changed since")
+    notes["loss"] = old.notes["loss"]
+    return restore(path, state, old.state)
+
+
 def begin(args):
     """Starts the run that the options ask for, or goes on with that of the checkpoint.
 
     Returns the model, the state, the tokenizer, the training pairs, the validation
     pairs, and the notes to save.
     """
-    path, old = args.checkpoint, None
+    path, old, notes = args.checkpoint, None, {}
     if path and os.path.exists(path):
         old = load_checkpoint(path)
-    data = prepare_data(args, old.notes if old else None)
-    tokenizer, train_pairs, valid_pairs, valid_texts = data
+        if missing := {"options", "merges", "valid_pairs", "digest"} - set(old.notes):
+            raise InputError(f"{path}: not of a training run: no {', '.join(missing)}")
+        notes = old.notes
+    tokenizer, train_pairs, valid_pairs, valid_texts = prepare_data(args, notes)
     config = TransformerConfig(
         src_vocab_size=tokenizer.vocab_size,
         tgt_vocab_size=tokenizer.vocab_size,
@@ -1359,25 +1369,16 @@ def begin(args):
     optimizer = optax.adam(schedule, b1=0.9, b2=0.98, eps=1e-9)
     state = create_train_state(config, jax.random.key(args.seed), optimizer)
     options = {name: getattr(args, name) for name in KEPT}
+    options["task"] = "pairs" if args.pairs else "reversal"
     notes = {
-        "options": {"task": "pairs" if args.pairs else "reversal", **options},
+        "options": options,
         "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
         "valid_pairs": [list(pair) for pair in valid_texts],
         "digest": hashlib.sha256(repr(train_pairs).encode()).hexdigest(),
         "loss": np.inf,
     }
     if old:
-        notes["loss"] = old.notes["loss"]
-        for name, here in notes["options"].items():
-            there = old.notes["options"].get(name)
-            if here != there:
-                differs = f"{name} is {there} there and {here} here"
-                if name not in FREE:
-                    raise InputError(f"{path}: cannot continue: {differs}")
-                log(f"{path}: {differs}")
-        if notes["digest"] != old.notes["digest"]:
-            log(f"{args.pairs} has changed: {len(train_pairs):,} pairs to train on")
-        state = restore(path, state, old.state)
+        state = resume(path, state, notes, old)
         if args.steps != old.notes["options"]["steps"]:
             log(f"the learning rate goes on at {float(schedule(state.step)):.2g}")
     return Transformer(config), state, tokenizer, train_pairs, valid_pairs, notes
@@ -1395,9 +1396,15 @@ def save(args, model, state, notes, loss):
         try:
             save_checkpoint(args.checkpoint, model.config, state, **notes)
         except OSError as error:
-            raise RunError(
-                f"cannot write {args.checkpoint}: {error.strerror}"
-            ) from None
+            problem = f"cannot write {args.checkpoint}: {error.strerror}"
+            raise (RunError if state.step else InputError)(problem) from None
+
+
+def saved_so_far(path):
+    """Says which step the checkpoint holds, as the end of a sentence."""
+    if not path or not os.path.exists(path):
+        return ", and nothing is saved"
+    return f"; {path} holds step {load_checkpoint(path).state['step']}"
 
 
 def train_for(num_steps, state, batches, parts, args):
@@ -1421,7 +1428,8 @@ def train_for(num_steps, state, batches, parts, args):
     norm = float(optax.tree.norm(state.params))
     if not np.isfinite([loss, norm]).all():
         what = f"loss {loss:.4g}, norm of the parameters {norm:.4g}"
-        raise RunError(f"not finite at step {step}: {what}; lower --learning-rate")
+        advice = f"try a lower --learning-rate{saved_so_far(args.checkpoint)}"
+        raise RunError(f"not finite at step {step}: {what}; {advice}")
     seconds = time.perf_counter() - start
     left = round(seconds / done * (args.steps - step))
     log(
@@ -1440,10 +1448,8 @@ def train(args):
         raise InputError(f"--batch-size {args.batch_size} {problem}")
     model, state, tokenizer, train_pairs, valid_pairs, notes = begin(args)
     start = int(state.step)
-    if start == 0:
-        save(
-            args, model, state, notes, np.inf
-        )  # If it fails, this is the time to know.
+    if start == 0:  # the time to learn that it cannot be saved
+        save(args, model, state, notes, np.inf)
     if start >= args.steps:
         log(f"{args.checkpoint} has {start} steps: --steps {args.steps} adds none")
     show_model(model.config, state.params, mesh)
@@ -1535,9 +1541,7 @@ def parse_arguments(argv):
     parser = Parser(description=description, allow_abbrev=False)
     add = parser.add_argument
     add("--pairs", metavar="FILE", help="learn from its lines, source<TAB>target")
-    add(
-        "--valid", metavar="FILE", help="measure on these pairs, not on some of --pairs"
-    )
+    add("--valid", metavar="FILE", help="measure on these pairs, not some of --pairs")
     add("--checkpoint", metavar="FILE", help="save there, and continue from there")
     translate_help = "translate, and exit; without TEXT, the lines of stdin"
     add("--translate", nargs="*", metavar="TEXT", help=translate_help)
@@ -1612,14 +1616,14 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # A notebook's streams have no encoding.
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    is_translating = False
+    is_translating, path = False, None
     try:
         args = parse_arguments(argv)
-        is_translating = args.translate is not None
+        is_translating, path = args.translate is not None, args.checkpoint
         start_jax(args.distributed)
         return translate(args) if is_translating else train(args)
     except KeyboardInterrupt:
-        return 130
+        return fail(130, f"interrupted{saved_so_far(path)}")
     except InputError as error:
         return fail(2, error)
     except RunError as error:
@@ -1629,9 +1633,7 @@ def main(argv=None):
     except OSError as error:
         return fail(1, f"{error.filename or 'output'}: {error.strerror}")
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(
-            error, MemoryError
-        ):
+        if not isinstance(error, MemoryError) and "EXHAUSTED" not in str(error):
             raise
         smaller = "--batch-size, --beam-size, --max-len or the model"
         return fail(1, f"out of memory; make {smaller} smaller")
