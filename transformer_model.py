@@ -89,26 +89,27 @@ class TransformerConfig:
                 value = getattr(self, name)
                 raise InputError(f"{name} must be {allowed}, not {value!r}")
 
-        types = {int: (int, np.integer), float: (int, float, np.floating)}
+        # NumPy's numbers are fine as well, and an int where a float is meant.
+        numbers = {int: (int, np.integer), float: (int, float, np.floating)}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            is_type = isinstance(value, types.get(field.type, field.type))
-            if isinstance(value, bool):  # Python counts these among the integers.
-                is_type = field.type is bool
+            is_type = isinstance(value, numbers.get(field.type, field.type))
+            is_bool = isinstance(value, bool)  # True and False are ints too, in Python.
+            is_type = is_type and is_bool == (field.type is bool)
             require(field.name, is_type, f"of type {field.type.__name__}")
             if field.type is int:
                 # A vocabulary holds the three special tokens and at least one symbol.
                 least = FIRST_SYMBOL_ID + 1 if "vocab" in field.name else 1
                 require(field.name, value >= least, f"at least {least}")
-        heads = f"a multiple of {self.num_heads} (heads)"
-        require("d_model", self.d_model % self.num_heads == 0, heads)
+        divides = self.d_model % self.num_heads == 0
+        require("d_model", divides, f"a multiple of {self.num_heads} (heads)")
         require("d_model", self.d_model % 2 == 0, "even (sines and cosines)")
         require("dropout_rate", 0 <= self.dropout_rate < 1, "at least 0 and below 1")
         sizes = self.src_vocab_size, self.tgt_vocab_size
         can_share = not self.share_embeddings or sizes[0] == sizes[1]
         require("share_embeddings", can_share, f"False for two vocabularies {sizes}")
-        heads, dtypes = ("logits", "softmax", "none"), ("float32", "bfloat16")
-        require("head", self.head in heads, f"one of {heads}")
+        outputs, dtypes = ("logits", "softmax", "none"), ("float32", "bfloat16")
+        require("head", self.head in outputs, f"one of {outputs}")
         require("dtype", self.dtype in dtypes, f"one of {dtypes}")
 
 
@@ -169,7 +170,7 @@ def positional_encoding(max_len, d_model):
 
 # ---- 4 Attention ---------------------------------------------------------------------
 
-# Also from bfloat16 inputs it computes scores and logits in float32.
+# Sums are float32 and stay so, whether the inputs are float32 or bfloat16.
 einsum_float32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
@@ -194,7 +195,7 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    weights = jax.nn.softmax(scores, where=mask)
+    weights = jax.nn.softmax(scores, where=mask)  # zeros where the mask has no True
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
 
@@ -249,8 +250,8 @@ class MultiHeadAttention(nn.Module):
     def split_heads(self, x):
         """x [B, L, D] -> [B, H, L, K].
 
-        Eq. 1 multiplies head by head, and from any other layout XLA would transpose the
-        whole kv that decoding keeps at every token.
+        Eq. 1 multiplies head by head, so this is its layout. Decoding keeps every kv in
+        it: from another, XLA would transpose all that is kept, once for each token.
         """
         return x.reshape(*x.shape[:2], self.config.num_heads, -1).swapaxes(1, 2)
 
@@ -337,7 +338,7 @@ class DecoderBlock(nn.Module):
 
     def __call__(self, x, self_mask, memory_kv, memory_mask, cache=None, start=0):
         """In training, x is a whole target. In decoding it is one token, T = 1, and the
-        cache keeps the kv of those before it from being computed again.
+        kv of the tokens before it is taken from the cache, not computed again.
 
         Args:
           x: [B, T, D], at the positions from `start` on.
@@ -347,8 +348,8 @@ class DecoderBlock(nn.Module):
           cache: a kv of length L, filled up to `start`.
 
         Returns:
-          x after the block, [B, T, D], and the kv of the self-attention: that of x, or
-          the cache after x's has been written into it.
+          x after the block, [B, T, D], and the kv that x attended to in the self-
+          attention: its own, or the cache with its own written into it at `start`.
         """
         first, second, third = self.add_and_norm
 
@@ -404,11 +405,14 @@ class Decoder(nn.Module):
         """As `DecoderBlock`, but memory_kv, cache and the kv returned are lists, with
         an entry for each block.
         """
-        caches, new = cache or [None] * len(self.blocks), []
-        for block, block_kv, block_cache in zip(self.blocks, memory_kv, caches):
-            x, kv = block(x, self_mask, block_kv, memory_mask, block_cache, start)
-            new.append(kv)
-        return self.norm(x) if self.config.norm_first else x, new
+        new_cache = []
+        for i, block in enumerate(self.blocks):
+            old = cache[i] if cache else None
+            x, kv = block(x, self_mask, memory_kv[i], memory_mask, old, start)
+            new_cache.append(kv)
+        if self.config.norm_first:
+            x = self.norm(x)
+        return x, new_cache
 
 
 class Transformer(nn.Module):
@@ -490,7 +494,9 @@ class Transformer(nn.Module):
         if self.config.head == "none":
             return x, kv
         logits = einsum_float32("btd,vd->btv", x, self.output.astype(x.dtype))
-        return jax.nn.softmax(logits) if self.config.head == "softmax" else logits, kv
+        if self.config.head == "softmax":
+            return jax.nn.softmax(logits), kv
+        return logits, kv
 
     def embed(self, embedding, tokens, start=0):
         """int [B, L], at the positions from `start` on -> [B, L, D] (3.4 and 3.5)."""
@@ -509,10 +515,10 @@ class Transformer(nn.Module):
 
 
 def mean_over_labels(values, labels):
-    """The mean of values [B, T] over all labels [B, T] that are not PAD; 0 without any.
+    """The mean of values [B, T] over the labels [B, T] that are not PAD; 0 without any.
 
-    If the batch is split among devices, `all` means those of all devices: jit computes
-    both sums over the whole batch.
+    Where a batch is split among devices, it is the mean over the labels of all devices:
+    jit takes both sums over the whole batch.
     """
     is_label = labels != PAD_ID
     return jnp.where(is_label, values, 0).sum() / jnp.maximum(is_label.sum(), 1)
@@ -536,7 +542,7 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
     vocab_size = logits.shape[-1]
     targets = optax.smooth_labels(jax.nn.one_hot(labels, vocab_size), label_smoothing)
     losses = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets)
-    # Of a label outside the vocabulary one_hot is zero, and so would be its loss.
+    # one_hot makes zeros of a label outside the vocabulary, which would hide it.
     losses = jnp.where((labels >= 0) & (labels < vocab_size), losses, jnp.nan)
     return mean_over_labels(losses, labels)
 
@@ -591,7 +597,7 @@ def create_train_state(config, key, optimizer=None):
 
 def loss_and_metrics(state, params, batch, label_smoothing=0.0, rngs=None):
     """The loss, which training differentiates, and the metrics of `train_step`."""
-    # The shift: seeing the target up to position t, the model predicts its t + 1.
+    # The shift: given the tokens up to position t, the label is the token at t + 1.
     inputs, labels = batch["tgt"][:, :-1], batch["tgt"][:, 1:]
     logits = state.apply_fn({"params": params}, batch["src"], inputs, rngs=rngs)
     loss = cross_entropy_loss(logits, labels, label_smoothing)
@@ -635,9 +641,9 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     Each source gets `beam_size` neighbouring rows in a batch of B * W targets.
 
     Returns:
-      next_logits: a function. From all tokens so far, int [B * W, max_len + 1] with PAD
-        after `position`, and the cache it computes the logits of the next token,
-        float32 [B * W, V], and the next cache.
+      next_logits(tokens, position, cache) -> (logits, cache), one step. tokens, int
+        [B * W, max_len + 1], are those so far, with PAD after `position`; the logits,
+        float32 [B * W, V], are for the token at position + 1.
       cache: the first one, empty, with room for max_len tokens.
     """
     if model.config.head != "logits":
@@ -711,12 +717,13 @@ def best_continuations(log_p, ended, next_log_p):
       that each of them continues; token, int [W], what it adds to that.
     """
     beam_size, vocab_size = next_log_p.shape
-    # A hypothesis that has ended goes on with PAD alone, which costs it nothing, and
-    # before all others, so that it keeps a place.
+    # The only continuation of a hypothesis that has ended is PAD, at no cost. It ranks
+    # before all others, so that a finished hypothesis is never lost. NaN ranks higher
+    # still, and shows in the scores.
     pad_alone = jnp.where(jnp.arange(vocab_size) == PAD_ID, 0, -jnp.inf)
     total = log_p[:, None] + jnp.where(ended[:, None], pad_alone, next_log_p)  # [W, V]
     rank = jnp.where(ended[:, None] & (total > -jnp.inf), jnp.inf, total)
-    _, best = jax.lax.top_k(rank.ravel(), beam_size)  # of W * V
+    _, best = jax.lax.top_k(rank.ravel(), beam_size)  # numbers from 0 to W * V - 1
     return total.ravel()[best], best // vocab_size, best % vocab_size
 
 
@@ -813,8 +820,9 @@ class Tokenizer:
                 f"vocab_size must be at least {FIRST_MERGE_ID}: {vocab_size}"
             )
         words = collections.Counter(w for text in texts for w in WORD.findall(text))
-        # All different words in one array, with a border before and after each: a byte
-        # that no UTF-8 contains. The weight of a token is how often its word occurs.
+        # All different words in one array. Before the first and after each stands a
+        # border, a byte that no UTF-8 contains. The weight of a token is the number of
+        # times that its word occurs; pairs with a border are not counted.
         spelled = [word.encode() + b"\xff" for word in words]
         tokens = np.frombuffer(b"\xff" + b"".join(spelled), np.uint8).astype(np.int64)
         tokens, border = tokens + FIRST_SYMBOL_ID, 0xFF + FIRST_SYMBOL_ID
@@ -836,16 +844,18 @@ class Tokenizer:
         while queue and FIRST_MERGE_ID + len(merges) < vocab_size:
             negative_count, pair = heapq.heappop(queue)
             if -negative_count != counts[pair] or counts[pair] < 2:
-                continue  # out of date, or too rare
+                continue  # It is too rare, or has another count and entry by now.
             left, right = divmod(pair, vocab_size)
             at = np.flatnonzero((tokens[:-1] == left) & (tokens[1:] == right))
             if left == right:  # Of three in a row the first two merge.
                 runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
                 at = np.concatenate([run[::2] for run in runs])
+            # Where b c in a b c d becomes X, the pairs ab, bc and cd go, and aX and Xd
+            # come. `unique`, as the d of one place may be the b of the next.
             count(np.unique([at - 1, at, at + 1]), -1)
             tokens[at] = FIRST_MERGE_ID + len(merges)
             tokens, weights = np.delete(tokens, at + 1), np.delete(weights, at + 1)
-            at -= np.arange(len(at))  # They have moved up.
+            at -= np.arange(len(at))  # Each has moved up by the merges before it.
             count(np.unique([at - 1, at]), 1)
             merges.append((left, right))
         return cls(merges)
@@ -927,10 +937,9 @@ def read_pairs(path):
 
 
 def hold_out(pairs, limit, seed):
-    """Chooses at most `limit` pairs to measure on, of as few sources as possible.
+    """Chooses at most `limit` pairs to measure on, source by source in random order.
 
-    None of these sources may be trained on, so that pairs may be left that are in
-    neither set.
+    The pairs to train on are those of all other sources.
     """
     sources = list(dict.fromkeys(source for source, _ in pairs))
     order = np.random.default_rng(seed).permutation(len(sources))
@@ -986,7 +995,8 @@ def batches_by_width(rows, max_width, batch_size, rng=None):
 def training_batches(pairs, max_width, batch_size, seed, start=0):
     """Yields the batches of step `start`, `start` + 1, ..., epoch after epoch.
 
-    They follow from these arguments alone, so that a run can be taken up again.
+    They follow from these arguments alone, so that a run can be taken up again. There
+    must be at least `batch_size` pairs.
     """
 
     def all_epochs():
@@ -1012,18 +1022,25 @@ class Checkpoint(NamedTuple):
     notes: dict  # the further arguments of `save_checkpoint`
 
 
+def is_running(process):
+    """Whether there is another process of this number on this machine."""
+    try:
+        os.kill(process, 0)  # does nothing, but fails if there is none
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return process != os.getpid()
+
+
 def remove_leftovers(path):
-    """Removes what processes left behind that were killed while they saved to `path`."""
+    """Removes the temporary files of processes that were killed while they saved."""
     for file in glob.glob(f"{glob.escape(path)}.*.tmp"):
         process = file.split(".")[-2]
-        if process.isdigit() and FORMAT.startswith(read_file(file)[: len(FORMAT)]):
-            try:
-                os.kill(int(process), 0)  # asks whether it is running, and no more
-                is_running = int(process) != os.getpid()
-            except ProcessLookupError:
-                is_running = False
-            if not is_running:
-                os.remove(file)
+        beginning = read_file(file)[: len(FORMAT)]  # which may be cut short, too
+        is_checkpoint = beginning == FORMAT[: len(beginning)]
+        if is_checkpoint and process.isdigit() and not is_running(int(process)):
+            os.remove(file)
 
 
 def save_checkpoint(path, config, state, **notes):
@@ -1101,7 +1118,9 @@ class RunError(Exception):
 
 
 def say(text="", file=None):
-    """Prints, in the first process of a job alone: to stdout unless told else."""
+    """Prints to stdout, unless told else. Of several processes that train together
+    (`--distributed`), only the first does.
+    """
     if jax.process_index() == 0:
         print(text, file=file, flush=True)
 
@@ -1129,7 +1148,7 @@ def decode_all(model, params, sources, beam_size, max_len=32):
             tokens, _ = beam_search(model, params, src, max_len, beam_size)
         if (tokens < 0).any():
             raise RunError("the model is of no use: its logits are NaN")
-        tokens = np.asarray(tokens)
+        tokens = np.asarray(tokens)[: len(numbers)]  # without the repetitions
         done = has_ended(tokens).all(axis=1) | (max_len == longest)
         best = zip(numbers, tokens[:, 0].tolist(), done)
         outputs |= {i: output for i, output, is_done in best if is_done}
@@ -1160,7 +1179,7 @@ def show_attention(model, params, tokenizer, source, target):
         say(f"(Its attention is {len(header)} columns wide, and not drawn beyond 80.)")
         return
     src, tgt = np.array([[*source, EOS_ID]]), np.array([[BOS_ID, *target]])
-    tgt = tgt[:, : model.config.max_len]  # All of it, unless it was cut off before EOS.
+    tgt = tgt[:, : model.config.max_len]  # A target of full length has no EOS.
     apply = jax.jit(model.apply, static_argnames="mutable")
     _, variables = apply({"params": params}, src, tgt, mutable="intermediates")
     blocks = variables["intermediates"]["decoder"]
@@ -1226,76 +1245,120 @@ def translate(args):
 
 # ---- 14 A training run ---------------------------------------------------------------
 
+# The options that a checkpoint keeps. A run that goes on may change the FREE ones.
+FREE = ["steps", "learning_rate", "dropout", "label_smoothing", "bf16"]
+KEPT = ["seed", "batch_size", "max_len", "vocab_size", "post_norm", *FREE]
+KEPT += ["d_model", "num_heads", "num_layers"]
 
-def prepare_data(args, notes):
-    """Returns the tokenizer, the training pairs and the validation pairs that the
-    options ask for, as lists of tokens. `notes` are those of the checkpoint, if any.
 
-    A checkpoint keeps its validation pairs: whatever has become of the file since, no
-    pair with one of their sources is trained on.
+@dataclasses.dataclass
+class Run:
+    """A training run: what it learns from, how far it has come, what is noted of it."""
+
+    args: argparse.Namespace  # the options
+    tokenizer: Tokenizer
+    train_pairs: list  # of pairs of lists of tokens
+    valid_pairs: list  # of such pairs as well
+    model: Transformer
+    state: TrainState
+    notes: dict  # those of its checkpoint
+
+
+def choose_pairs(args, old_notes):
+    """Returns the pairs of texts to train on and those to measure on.
+
+    A checkpoint, whose notes these are, keeps its own to measure on: whatever has become
+    of the file since, nothing with one of their sources is trained on.
     """
-    if args.pairs is None:
-        if args.max_len < 4:
-            raise InputError("--max-len must be at least 4 to reverse words")
-        pairs, limit = reversal_pairs(40_000, args.max_len, args.seed), 512
-    else:
+    if args.pairs:
         pairs = read_pairs(args.pairs)
         limit = min(500, max(1, len(pairs) // 10))
+    else:
+        pairs, limit = reversal_pairs(40_000, args.max_len, args.seed), 512
     valid = read_pairs(args.valid) if args.valid else hold_out(pairs, limit, args.seed)
-    if notes:
-        kept = [tuple(pair) for pair in notes["valid_pairs"]]
+    if old_notes:
+        kept = [tuple(pair) for pair in old_notes["valid_pairs"]]
         if args.valid and valid != kept:
-            changed = f"not the pairs that {args.checkpoint} was measured on"
-            raise InputError(f"{args.valid}: {changed}")
+            problem = f"not the pairs that {args.checkpoint} was measured on"
+            raise InputError(f"{args.valid}: {problem}")
         valid = kept
     held_out = {source for source, _ in valid}
-    train = [pair for pair in pairs if pair[0] not in held_out]
-    if notes:
-        tokenizer = Tokenizer(notes["merges"])
+    return [pair for pair in pairs if pair[0] not in held_out], valid
+
+
+def encode_pairs(pairs, tokenizer, max_len):
+    """Pairs of texts -> pairs of lists of tokens, those of more than max_len left out."""
+    encoded = [tuple(map(tokenizer.encode, pair)) for pair in pairs]
+    return [pair for pair in encoded if max(map(len, pair)) <= max_len]
+
+
+def make_schedule(args):
+    """The learning rate warms up for a tenth of the steps, then falls to 0 at the last."""
+    rates = 0.0, args.learning_rate
+    return optax.warmup_cosine_decay_schedule(*rates, args.steps // 10, args.steps)
+
+
+def begin(args, old=None):
+    """Returns the Run that the options ask for, new or from the old Checkpoint."""
+    train, valid = choose_pairs(args, old and old.notes)
+    if old:
+        tokenizer = Tokenizer(old.notes["merges"])
     else:
         tokenizer = Tokenizer.learn(itertools.chain(*train), args.vocab_size)
-
-    def encode_short(pairs):
-        pairs = [tuple(map(tokenizer.encode, pair)) for pair in pairs]
-        return [pair for pair in pairs if max(map(len, pair)) <= args.max_len]
-
-    train_pairs, valid_pairs = encode_short(train), encode_short(valid)
-    name, limit = args.pairs or "the demo", f"--max-len {args.max_len} tokens"
+    train_pairs = encode_pairs(train, tokenizer, args.max_len)
+    valid_pairs = encode_pairs(valid, tokenizer, args.max_len)
+    file, limit = args.pairs or "the demo", f"--max-len {args.max_len} tokens"
     if not valid_pairs:
-        raise InputError(f"{args.valid or name}: no pair to measure on within {limit}")
-    num_pairs = len(train) + len(valid)
-    if num_long := num_pairs - len(train_pairs) - len(valid_pairs):
-        log(f"left out {num_long:,} of {num_pairs:,} pairs, longer than {limit}")
+        raise InputError(f"{args.valid or file}: no pair to measure on within {limit}")
+    total = len(train) + len(valid)
+    if num_long := total - len(train_pairs) - len(valid_pairs):
+        log(f"left out {num_long:,} of {total:,} pairs, longer than {limit}")
     if args.batch_size > len(train_pairs):
-        of = f"{len(train_pairs)} of {num_pairs} pairs of {name}"
+        of = f"{len(train_pairs)} of {total} pairs of {file}"
         raise InputError(f"--batch-size {args.batch_size}: only {of} are to train on")
-    return tokenizer, train_pairs, valid_pairs, valid
+    config = TransformerConfig(
+        src_vocab_size=tokenizer.vocab_size,
+        tgt_vocab_size=tokenizer.vocab_size,
+        d_model=args.d_model,
+        num_heads=args.num_heads,
+        num_layers=args.num_layers,
+        d_ff=4 * args.d_model,
+        dropout_rate=args.dropout,
+        max_len=args.max_len + 1,  # with EOS, or BOS
+        norm_first=not args.post_norm,
+        dtype="bfloat16" if args.bf16 else "float32",
+    )
+    optimizer = optax.adam(make_schedule(args), b1=0.9, b2=0.98, eps=1e-9)
+    state = create_train_state(config, jax.random.key(args.seed), optimizer)
+    options = {name: getattr(args, name) for name in KEPT}
+    notes = {
+        "options": {"task": "pairs" if args.pairs else "reversal", **options},
+        "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
+        "valid_pairs": [list(pair) for pair in valid],
+        "digest": hashlib.sha256(repr(train_pairs).encode()).hexdigest(),
+        "loss": np.inf,  # of the model that the checkpoint holds
+    }
+    model = Transformer(config)
+    return Run(args, tokenizer, train_pairs, valid_pairs, model, state, notes)
 
 
-def evaluate(model, state, tokenizer, pairs, beam_size, num_shown, file=None):
-    """Prints the score on unseen pairs, and some of them; returns their loss and their
-    outputs. In a job of several processes, the first does it, and alone.
-    """
-    if jax.process_index() != 0:
-        return np.nan, []
-    state = jax.device_get(state.replace(opt_state=()))
-    state = jax.device_put(state, jax.local_devices()[0])
-    total = count = 0
-    for numbers, width in batches_by_width(pairs, model.config.max_len, batch_size=64):
-        batch = to_batch([pairs[i] for i in numbers], width)
-        num_labels = (batch["tgt"][:, 1:] != PAD_ID).sum()
-        total += float(eval_step(state, batch)["loss"]) * num_labels
-        count += num_labels
-    sources = [source for source, _ in pairs]
-    outputs = decode_all(model, state.params, sources, beam_size)
-    rows = [[*map(tokenizer.decode, row)] for row in zip(*zip(*pairs), outputs)]
-    right = sum(target == output for _, target, output in rows)
-    share = f"{right} of {len(rows)} exactly right ({right / len(rows):.1%})"
-    say(f"unseen pairs: loss {total / count:.4f}, {share}", file)
-    for source, target, output in rows[:num_shown]:
-        wrong = "" if output == target else f"   not {one_line(target)}"
-        say(f"  {one_line(source)} -> {one_line(output)}{wrong}", file)
-    return total / count, outputs
+def resume(run, old):
+    """Puts the content of the old Checkpoint into the run, if its options allow it."""
+    path, old_options = run.args.checkpoint, old.notes["options"]
+    for name, here in run.notes["options"].items():
+        there = old_options.get(name)
+        if here != there:
+            differs = f"{name} is {there} there and {here} here"
+            if name not in FREE:
+                raise InputError(f"{path}: cannot continue: {differs}")
+            log(f"{path}: {differs}")
+    if run.notes["digest"] != old.notes["digest"]:
+        log(f"{path}: the pairs to train on have changed since")
+    run.notes["loss"] = old.notes["loss"]
+    run.state = restore(path, run.state, old.state)
+    if run.args.steps != old_options["steps"]:
+        rate = float(make_schedule(run.args)(run.state.step))
+        log(f"the learning rate goes on at {rate:.2g}")
 
 
 def show_model(config, params, mesh):
@@ -1317,127 +1380,101 @@ def show_model(config, params, mesh):
         say("  " + "    ".join(cells) + f"   {name}")
 
 
-# The options that may change when a run goes on, and all that a checkpoint keeps.
-FREE = ["steps", "learning_rate", "dropout", "label_smoothing", "bf16"]
-KEPT = ["seed", "batch_size", "max_len", "vocab_size", "post_norm", *FREE]
-KEPT += ["d_model", "num_heads", "num_layers"]
-
-
-def resume(path, state, notes, old):
-    """Returns `state` with the content of the old checkpoint, if the options allow it."""
-    for name, here in notes["options"].items():
-        there = old.notes["options"].get(name)
-        if here != there:
-            differs = f"{name} is {there} there and {here} here"
-            if name not in FREE:
-                raise InputError(f"{path}: cannot continue: {differs}")
-            log(f"{path}: {differs}")
-    if notes["digest"] != old.notes["digest"]:
-        log(f"{path}: the pairs to train on have changed since")
-    notes["loss"] = old.notes["loss"]
-    return restore(path, state, old.state)
-
-
-def begin(args):
-    """Starts the run that the options ask for, or goes on with that of the checkpoint.
-
-    Returns the model, the state, the tokenizer, the training pairs, the validation
-    pairs, and the notes to save.
+def evaluate(run, num_shown, file=None):
+    """Prints the score on unseen pairs, and some of them; returns their loss and their
+    outputs. Of several processes, the first does it, and alone.
     """
-    path, old, notes = args.checkpoint, None, {}
-    if path and os.path.exists(path):
-        old = load_checkpoint(path)
-        if missing := {"options", "merges", "valid_pairs", "digest"} - set(old.notes):
-            raise InputError(f"{path}: not of a training run: no {', '.join(missing)}")
-        notes = old.notes
-    tokenizer, train_pairs, valid_pairs, valid_texts = prepare_data(args, notes)
-    config = TransformerConfig(
-        src_vocab_size=tokenizer.vocab_size,
-        tgt_vocab_size=tokenizer.vocab_size,
-        d_model=args.d_model,
-        num_heads=args.num_heads,
-        num_layers=args.num_layers,
-        d_ff=4 * args.d_model,
-        dropout_rate=args.dropout,
-        max_len=args.max_len + 1,  # with EOS, or BOS
-        norm_first=not args.post_norm,
-        dtype="bfloat16" if args.bf16 else "float32",
-    )
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, args.learning_rate, args.steps // 10, args.steps
-    )
-    optimizer = optax.adam(schedule, b1=0.9, b2=0.98, eps=1e-9)
-    state = create_train_state(config, jax.random.key(args.seed), optimizer)
-    options = {name: getattr(args, name) for name in KEPT}
-    options["task"] = "pairs" if args.pairs else "reversal"
-    notes = {
-        "options": options,
-        "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
-        "valid_pairs": [list(pair) for pair in valid_texts],
-        "digest": hashlib.sha256(repr(train_pairs).encode()).hexdigest(),
-        "loss": np.inf,
-    }
-    if old:
-        state = resume(path, state, notes, old)
-        if args.steps != old.notes["options"]["steps"]:
-            log(f"the learning rate goes on at {float(schedule(state.step)):.2g}")
-    return Transformer(config), state, tokenizer, train_pairs, valid_pairs, notes
+    if jax.process_index() != 0:
+        return np.nan, []
+    state = jax.device_get(run.state.replace(opt_state=()))
+    state = jax.device_put(state, jax.local_devices()[0])
+    pairs, max_len = run.valid_pairs, run.model.config.max_len
+    total = count = 0
+    for numbers, width in batches_by_width(pairs, max_len, batch_size=64):
+        batch = to_batch([pairs[i] for i in numbers], width)
+        num_labels = (batch["tgt"][:, 1:] != PAD_ID).sum()
+        total += float(eval_step(state, batch)["loss"]) * num_labels
+        count += num_labels
+    sources, targets = zip(*pairs)
+    outputs = decode_all(run.model, state.params, sources, run.args.beam_size)
+    texts = [map(run.tokenizer.decode, some) for some in (sources, targets, outputs)]
+    rows = list(zip(*texts))
+    right = sum(target == output for _, target, output in rows)
+    share = f"{right} of {len(rows)} exactly right ({right / len(rows):.1%})"
+    say(f"unseen pairs: loss {total / count:.4f}, {share}", file)
+    for source, target, output in rows[:num_shown]:
+        wrong = "" if output == target else f"   not {one_line(target)}"
+        say(f"  {one_line(source)} -> {one_line(output)}{wrong}", file)
+    return total / count, outputs
 
 
-def save(args, model, state, notes, loss):
-    """Saves a checkpoint, but not a model worse than an even guess, whose loss is ln V,
-    in place of one that is better.
+def save(run, loss):
+    """Saves a checkpoint, unless its model is worse than guessing evenly, with a loss
+    above ln V, and the one in the file is not.
     """
-    even_guess = np.log(model.config.tgt_vocab_size)
-    if loss > even_guess >= notes["loss"]:
+    even_guess = np.log(run.model.config.tgt_vocab_size)
+    if loss > even_guess and run.notes["loss"] <= even_guess:
         log(f"not saved: the loss is above {even_guess:.4f}, that of an even guess")
-    elif args.checkpoint and jax.process_index() == 0:
-        notes["loss"] = loss
+    elif run.args.checkpoint and jax.process_index() == 0:
+        run.notes["loss"] = loss
+        path = run.args.checkpoint
         try:
-            save_checkpoint(args.checkpoint, model.config, state, **notes)
+            save_checkpoint(path, run.model.config, run.state, **run.notes)
         except OSError as error:
-            problem = f"cannot write {args.checkpoint}: {error.strerror}"
-            raise (RunError if state.step else InputError)(problem) from None
+            raise RunError(f"cannot write {path}: {error.strerror}") from None
 
 
 def saved_so_far(path):
     """Says which step the checkpoint holds, as the end of a sentence."""
-    if not path or not os.path.exists(path):
+    try:
+        return f"; {path} holds step {load_checkpoint(path).state['step']}"
+    except (InputError, TypeError):  # there is no such file, or no name
         return ", and nothing is saved"
-    return f"; {path} holds step {load_checkpoint(path).state['step']}"
 
 
-def train_for(num_steps, state, batches, parts, args):
+def train_for(run, num_steps, batches, sharding):
     """Trains for so many steps, or for a minute if that is over first, and prints a
-    line of progress. Returns the state and the loss of the last step.
+    line of progress. `sharding` gives each device its part of a batch. Returns the loss.
     """
     start, num_tokens, metrics = time.perf_counter(), 0, None
     for done, batch in enumerate(itertools.islice(batches, num_steps), 1):
         num_tokens += int((batch["tgt"][:, 1:] != PAD_ID).sum())
         batch = {
-            name: jax.make_array_from_callback(x.shape, parts, x.__getitem__)
+            name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
             for name, x in batch.items()
         }
-        # The device does one step at a time, and meanwhile this prepares the next
-        # batch. With many steps under way, processes on CPUs block each other.
+        # While the device does one step, this prepares the batch of the next. It goes
+        # no further ahead: then processes on CPUs would block each other.
         jax.block_until_ready(metrics)
-        state, metrics = train_step(state, batch, args.label_smoothing)
+        run.state, metrics = train_step(run.state, batch, run.args.label_smoothing)
         if time.perf_counter() - start > 60:
             break
-    step, loss, accuracy = int(state.step), float(metrics["loss"]), metrics["accuracy"]
-    norm = float(optax.tree.norm(state.params))
+    step, loss, accuracy = int(run.state.step), *map(float, metrics.values())
+    norm = float(optax.tree.norm(run.state.params))
     if not np.isfinite([loss, norm]).all():
         what = f"loss {loss:.4g}, norm of the parameters {norm:.4g}"
-        advice = f"try a lower --learning-rate{saved_so_far(args.checkpoint)}"
+        advice = f"try a lower --learning-rate{saved_so_far(run.args.checkpoint)}"
         raise RunError(f"not finite at step {step}: {what}; {advice}")
-    seconds = time.perf_counter() - start
-    left = round(seconds / done * (args.steps - step))
+    seconds, steps = time.perf_counter() - start, run.args.steps
+    left = round(seconds / done * (steps - step))
     log(
-        f"step {step:>{len(str(args.steps))}} of {args.steps}  loss {loss:.4f}"
-        f"  accuracy {float(accuracy):6.1%}  {num_tokens / seconds:,.0f} tokens/s"
+        f"step {step:>{len(str(steps))}} of {steps}  loss {loss:.4f}"
+        f"  accuracy {accuracy:6.1%}  {num_tokens / seconds:,.0f} tokens/s"
         f"  {left // 60}:{left % 60:02} left"
     )
-    return state, loss
+    return loss
+
+
+def show_results(run):
+    """Prints the score on unseen pairs, some of them, and the attention in one."""
+    say()
+    _, outputs = evaluate(run, 6)
+    for (source, target), output in zip(run.valid_pairs, outputs):
+        if output[: len(target) + 1] == [*target, EOS_ID] and len(source) <= 30:
+            say()
+            params = jax.device_get(run.state.params)
+            show_attention(run.model, params, run.tokenizer, source, target)
+            return
 
 
 def train(args):
@@ -1446,41 +1483,42 @@ def train(args):
     if args.batch_size % mesh.size:
         problem = f"cannot be shared out evenly among {mesh.size} devices"
         raise InputError(f"--batch-size {args.batch_size} {problem}")
-    model, state, tokenizer, train_pairs, valid_pairs, notes = begin(args)
-    start = int(state.step)
-    if start == 0:  # the time to learn that it cannot be saved
-        save(args, model, state, notes, np.inf)
-    if start >= args.steps:
+    if args.checkpoint and os.path.exists(args.checkpoint):
+        old = load_checkpoint(args.checkpoint)
+        if missing := {"options", "merges", "valid_pairs", "digest", "loss"} - {
+            *old.notes
+        }:
+            raise InputError(f"{args.checkpoint}: cannot continue: no {missing.pop()}")
+        run = begin(args, old)
+        resume(run, old)
+    else:
+        run = begin(args)
+        try:  # That it can be saved has to be known before training.
+            save(run, np.inf)
+        except RunError as error:
+            raise InputError(error) from None
+    show_model(run.model.config, run.state.params, mesh)
+    if (start := int(run.state.step)) >= args.steps:
         log(f"{args.checkpoint} has {start} steps: --steps {args.steps} adds none")
-    show_model(model.config, state.params, mesh)
-    order = train_pairs, model.config.max_len, args.batch_size, args.seed
+    order = run.train_pairs, run.model.config.max_len, args.batch_size, args.seed
     batches = training_batches(*order, start)
     # The state goes to every device whole, and of each batch every device gets a part:
     # from that, jit makes train_step add up gradients over all of them.
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    parts = NamedSharding(mesh, PartitionSpec("data"))
+    run.state = jax.device_put(run.state, NamedSharding(mesh, PartitionSpec()))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
     every = max(1, min(500, args.steps // 20))
-    measured, losses = (np.inf, np.inf), []
-    while (step := int(state.step)) < args.steps:
-        num_steps = min(every - step % every, args.steps - step)
-        state, loss = train_for(num_steps, state, batches, parts, args)
-        save(args, model, state, notes, loss)
-        losses.append(loss)
-        if state.step % (5 * every) == 0 and state.step < args.steps:
-            job = model, state, tokenizer, valid_pairs, args.beam_size
-            unseen, _ = evaluate(*job, 3, sys.stderr)
-            if unseen > measured[0] and np.mean(losses) < measured[1]:
+    last_unseen, last_seen, losses = np.inf, np.inf, []
+    while (step := int(run.state.step)) < args.steps:
+        steps_to_report = min(every - step % every, args.steps - step)
+        losses.append(train_for(run, steps_to_report, batches, sharding))
+        save(run, losses[-1])
+        step = int(run.state.step)
+        if step % (5 * every) == 0 and step < args.steps:
+            unseen, seen = evaluate(run, 3, sys.stderr)[0], np.mean(losses)
+            if unseen > last_unseen and seen < last_seen:
                 log("the loss on unseen pairs has risen, that on training pairs fallen")
-            measured, losses = (unseen, np.mean(losses)), []
-    say()
-    job = model, state, tokenizer, valid_pairs, args.beam_size
-    _, outputs = evaluate(*job, 6)
-    for (source, target), output in zip(valid_pairs, outputs):
-        if tokenizer.decode(output) == tokenizer.decode(target) and len(source) <= 30:
-            say()
-            params = jax.device_get(state.params)
-            show_attention(model, params, tokenizer, source, target)
-            break
+            last_unseen, last_seen, losses = unseen, seen, []
+    show_results(run)
     return 0
 
 
@@ -1510,8 +1548,9 @@ NUMBERS = {
     "vocab_size": ("vocab", 259, 500, "tokens: subwords; 259 is bytes"),
     "beam_size": ("size", 1, 1, "hypotheses of the search; 1 is greedy"),
 }
-WITHOUT_PAIRS = "valid", "vocab_size", "label_smoothing"  # have no meaning
-WITH_TRANSLATE = "translate", "checkpoint", "attention", "beam_size", "bf16"  # have one
+# These options need --pairs; and with --translate, only these mean something.
+NEED_PAIRS = "valid", "vocab_size", "label_smoothing"
+FOR_TRANSLATION = "translate", "checkpoint", "attention", "beam_size", "bf16"
 
 
 def flag(name):
@@ -1566,21 +1605,25 @@ def parse_arguments(argv):
     if args.checkpoint == "":
         raise InputError("--checkpoint needs the name of a file")
     for name in given:
-        if args.translate is not None and name not in WITH_TRANSLATE:
+        if args.translate is not None and name not in FOR_TRANSLATION:
             raise InputError(f"{flag(name)} has no meaning with --translate")
         if args.translate is None and name == "attention":
             raise InputError("--attention has no meaning without --translate")
-        if args.pairs is None and name in WITHOUT_PAIRS:
+        if args.pairs is None and name in NEED_PAIRS:
             raise InputError(f"{flag(name)} has no meaning without --pairs")
     for name, (_, demo, pairs, _) in NUMBERS.items():
         if name not in given:
             setattr(args, name, demo if args.pairs is None else pairs)
+    if args.pairs is None and args.translate is None and args.max_len < 4:
+        raise InputError("--max-len must be at least 4 to reverse words")
     return args
 
 
 def start_jax(is_distributed):
-    """Finds the devices, in a job those of all processes. JAX finds the jobs of Slurm,
-    Cloud TPU and MPI; elsewhere JAX_COORDINATOR_ADDRESS and these two variables tell.
+    """Finds the devices; with `--distributed`, those of all processes of a job.
+
+    JAX finds such a job by itself under Slurm and Open MPI and on Cloud TPU. Elsewhere
+    three variables tell: JAX_COORDINATOR_ADDRESS, which JAX reads, and the two below.
     """
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     try:
@@ -1593,13 +1636,15 @@ def start_jax(is_distributed):
         raise InputError(f"{problem}: {one_line(str(error))}") from None
 
 
-def fail(status, message):
-    """Prints an error in one line, and returns the exit status."""
-    for stream, text in (sys.stderr, f"error: {message}\n"), (sys.stdout, ""):
+def fail(status, message=None):
+    """Prints an error in one line, if there is one, and returns the exit status."""
+    with contextlib.suppress(OSError):
+        if message:
+            print(f"error: {one_line(str(message))}", file=sys.stderr, flush=True)
+    for stream in (sys.stdout, sys.stderr):
         try:
-            stream.write(text)
             stream.flush()
-        except OSError:  # Closed now, it does not fail once more when Python exits.
+        except OSError:  # Left open, it would fail once more when Python exits.
             with contextlib.suppress(OSError):
                 stream.close()
     return status
@@ -1616,20 +1661,23 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # A notebook's streams have no encoding.
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    is_translating, path = False, None
+    args = argparse.Namespace(translate=None, checkpoint=None)
     try:
         args = parse_arguments(argv)
-        is_translating, path = args.translate is not None, args.checkpoint
         start_jax(args.distributed)
-        return translate(args) if is_translating else train(args)
-    except KeyboardInterrupt:
-        return fail(130, f"interrupted{saved_so_far(path)}")
+        return train(args) if args.translate is None else translate(args)
     except InputError as error:
         return fail(2, error)
     except RunError as error:
         return fail(1, error)
-    except BrokenPipeError:  # as in `... | head`: who translates has read enough
-        return fail(1, "nobody reads the output") * (not is_translating)
+    except KeyboardInterrupt:
+        if args.translate is not None:
+            return 130
+        return fail(130, f"interrupted{saved_so_far(args.checkpoint)}")
+    except BrokenPipeError:
+        if args.translate is not None:
+            return fail(0)  # `... | head` has read enough.
+        return fail(1, f"nobody reads the output{saved_so_far(args.checkpoint)}")
     except OSError as error:
         return fail(1, f"{error.filename or 'output'}: {error.strerror}")
     except (MemoryError, jax.errors.JaxRuntimeError) as error:

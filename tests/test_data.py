@@ -1,6 +1,11 @@
-"""Sections 10 and 11: pairs, tokens, batches, checkpoints."""
+"""Sections 11 and 12: pairs, batches, checkpoints."""
 
 import dataclasses
+import functools
+import hashlib
+import os
+import subprocess
+import sys
 
 import flax.serialization
 import jax
@@ -25,10 +30,12 @@ def test_reversal_pairs_are_distinct_reversed_and_of_all_lengths():
 def test_read_pairs(tmp_path):
     path = tmp_path / "pairs.tsv"
     path.write_bytes("ein Haus\ta house\r\nähm\t\u2028 um\n".encode())
-    expected = [(b"ein Haus", b"a house"), ("ähm".encode(), "\u2028 um".encode())]
-    assert tm.read_pairs(path) == expected
+    expected = [("ein Haus", "a house"), ("ähm", "\u2028 um")]
+    assert tm.read_pairs(path) == tm.read_pairs(str(path)) == expected
     path.write_bytes(b"a\tb")  # no newline at the end
-    assert tm.read_pairs(path) == [(b"a", b"b")]
+    assert tm.read_pairs(path) == [("a", "b")]
+    path.write_bytes("\ufeffa\tb\nc\td\n".encode())  # a byte order mark
+    assert tm.read_pairs(path) == [("a", "b"), ("c", "d")]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +44,10 @@ def test_read_pairs(tmp_path):
         (None, "No such file"),
         (b"", "the file is empty"),
         (b"a\tb\nc d\n", "line 2: need exactly one tab, found 0"),
-        (b"a\tb\tc\n", "line 1: need exactly one tab, found 2"),
+        (
+            b"a\tb\tc\n",
+            "line 1: need exactly one tab, found 2 (cut -f 1,2 keeps two columns)",
+        ),
         (b"a\tb\n\n", "line 2: need exactly one tab, found 0"),
         (b"a\tb\n\tc\n", "line 2: empty source"),
         (b"a\tb\nc\t\r\n", "line 2: empty target"),
@@ -55,67 +65,65 @@ def test_read_pairs_names_file_line_and_mistake(tmp_path, content, message):
     assert str(path) in str(error.value) and message in str(error.value)
 
 
-def test_held_out_sources_are_not_trained_on():
-    pairs = [(b"%d" % (i % 40), b"%d" % i) for i in range(100)]
-    train, valid = tm.hold_out(pairs, 10, seed=0)
-    assert sorted(train + valid) == sorted(pairs)
-    assert len({source for source, _ in valid}) == 10
-    assert not {source for source, _ in valid} & {source for source, _ in train}
-    assert (train, valid) == tm.hold_out(pairs, 10, seed=0)
-    assert valid != tm.hold_out(pairs, 10, seed=1)[1]
+def test_held_out_pairs_are_of_few_sources():
+    pairs = [(str(i % 40), str(i)) for i in range(100)]
+    valid = tm.hold_out(pairs, 10, seed=0)
+    assert len(valid) == len(set(valid)) == 10 and set(valid) <= set(pairs)
+    # Sources below 20 have three pairs each, the others two.
+    sources = {source for source, _ in valid}
+    of_sources = [pair for pair in pairs if pair[0] in sources]
+    last = valid[-1][0]
+    assert len([pair for pair in of_sources if pair[0] != last]) < 10 <= len(of_sources)
+    assert valid == tm.hold_out(pairs, 10, seed=0) != tm.hold_out(pairs, 10, seed=1)
+    assert sorted(tm.hold_out(pairs, 1000, seed=0)) == sorted(pairs)
 
 
-def test_tokens_and_text():
-    tokens = tm.to_tokens([b"ab", "é".encode(), b""], 5, first=[tm.BOS_ID])
-    expected = [[1, 100, 101, 2, 0], [1, 198, 172, 2, 0], [1, 2, 0, 0, 0]]
-    np.testing.assert_array_equal(tokens, expected)
-    assert tokens.dtype == np.int32
-    assert tm.to_text([100, 101, 2, 102]) == "ab"
-    assert tm.to_text([198, 172]) == "é"
-    assert tm.to_text([1, 198, 0, 100, 13]) == "\ufffda "  # one line, whatever comes
-    every_byte = bytes(range(256))
-    assert tm.to_tokens([every_byte], 257).max() == tm.VOCAB_SIZE - 1
+def test_pad_and_to_batch_by_hand():
+    padded = tm.pad([[3, 4], [], [5, 6, 7]], 3)
+    np.testing.assert_array_equal(padded, [[3, 4, 0], [0, 0, 0], [5, 6, 7]])
+    assert padded.dtype == np.int32
+    batch = tm.to_batch([([7, 8], [9, 9, 9]), ((5,), ())], 4)
+    np.testing.assert_array_equal(batch["src"], [[7, 8, 2, 0], [5, 2, 0, 0]])
+    np.testing.assert_array_equal(batch["tgt"], [[1, 9, 9, 9, 2], [1, 2, 0, 0, 0]])
+    assert batch["src"].dtype == batch["tgt"].dtype == np.int32
+    for too_long in ([5] * 4, [9]), ([5], [9] * 4):
+        with pytest.raises(ValueError):
+            tm.to_batch([too_long], 4)
 
 
 def random_pairs(count, longest=60, seed=0):
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, longest + 1, (count, 2))
-    return [(b"s" * source, b"t" * target) for source, target in lengths]
+    return [([3] * source, [4] * target) for source, target in lengths]
 
 
-def test_batches_hold_every_pair_once_in_few_shapes():
-    pairs = random_pairs(1000)
-    for rng in (None, np.random.default_rng(0)):
-        batches = tm.batches_by_length(pairs, 61, 32, rng)
-        seen = np.concatenate([indices for indices, _ in batches])
-        assert len(seen) == len(set(seen))
-        sizes = sorted(len(indices) for indices, _ in batches)
-        if rng is None:
-            assert len(seen) == 1000 and sizes == [1000 % 32] + [32] * 31
-        else:
-            assert sizes == [32] * 31
-        shapes = {tuple(widths) for _, widths in batches}
-        assert all(set(shape) <= {16, 24, 32, 48, 61} for shape in shapes)
-        for indices, widths in batches:  # to_batch fails for a width that is too small
-            batch = tm.to_batch([pairs[i] for i in indices], widths)
-            assert (batch["src"] == tm.EOS_ID).sum(axis=1).tolist() == [1] * len(
-                indices
-            )
-            assert (batch["tgt"] == tm.EOS_ID).sum(axis=1).tolist() == [1] * len(
-                indices
-            )
-            assert batch["src"].shape == (len(indices), widths[0])
-            assert batch["tgt"].shape == (len(indices), widths[1] + 1)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_batches_hold_every_row_once_in_few_shapes(shuffled):
+    pairs, rng = random_pairs(1000), np.random.default_rng(0)
+    batches = tm.batches_by_width(pairs, 61, 32, rng if shuffled else None)
+    seen = np.concatenate([numbers for numbers, _ in batches])
+    assert len(seen) == len(set(seen)) == (992 if shuffled else 1000)
+    sizes = sorted(len(numbers) for numbers, _ in batches)
+    assert sizes == ([32] * 31 if shuffled else [1000 % 32] + [32] * 31)
+    assert {width for _, width in batches} <= {8, 16, 32, 61}
+    for numbers, width in batches:  # to_batch fails for a width that is too small
+        rows = [pairs[i] for i in numbers]
+        batch = tm.to_batch(rows, width)
+        for x in batch.values():
+            assert (x == tm.EOS_ID).sum(axis=1).tolist() == [1] * len(numbers)
+        longest = max(max(map(len, pair)) + 1 for pair in rows)
+        assert width == min(max(8, 2 ** int(longest - 1).bit_length()), 61)
+    widths = [width for _, width in batches]
+    assert (widths == sorted(widths)) != shuffled
 
 
 def test_little_of_the_batches_is_padding():
-    pairs = [
-        (b"s" * n, b"t" * n) for n in np.random.default_rng(0).integers(1, 60, 2000)
-    ]
-    batches = tm.batches_by_length(pairs, 61, 32, np.random.default_rng(0))
-    cells = sum(len(indices) * widths[1] for indices, widths in batches)
-    real = sum(len(pairs[i][1]) + 1 for indices, _ in batches for i in indices)
-    assert real / cells > 0.7  # it would be 0.5 in batches taken as they come
+    lengths = np.random.default_rng(0).integers(1, 60, 2000)
+    pairs = [([3] * n, [4] * n) for n in lengths]
+    batches = tm.batches_by_width(pairs, 61, 32, np.random.default_rng(0))
+    cells = sum(len(numbers) * width for numbers, width in batches)
+    real = sum(len(pairs[i][1]) + 1 for numbers, _ in batches for i in numbers)
+    assert real / cells > 0.65  # it would be 0.5 in batches taken as they come
 
 
 def test_training_batches_continue_where_they_were_left():
@@ -140,57 +148,136 @@ def test_training_batches_continue_where_they_were_left():
 
 # ---- Checkpoints
 
+CONFIG = dataclasses.replace(TINY, num_layers=1)
+OPTIMIZER = optax.adam(1e-2)
 
-def trained_state(seed=0):
-    optimizer = optax.adam(1e-2)
-    config = dataclasses.replace(TINY, num_layers=1)
-    state = tm.create_train_state(config, jax.random.key(seed), optimizer)
+
+@functools.cache
+def trained_state():
+    state = tm.create_train_state(CONFIG, jax.random.key(0), OPTIMIZER)
     tokens = random_tokens(4, 6)
-    state, _ = tm.train_step(state, {"src": tokens, "tgt": tokens})
-    return config, optimizer, state
+    return tm.train_step(state, {"src": tokens, "tgt": tokens})[0]
 
 
-def test_checkpoint_keeps_everything(tmp_path):
-    path = tmp_path / "model.msgpack"
-    config, optimizer, state = trained_state()
-    config = dataclasses.replace(config, dtype=tm.jnp.bfloat16)
-    tm.save_checkpoint(path, config, state, task="mine", seed=7)
-    assert [p.name for p in tmp_path.iterdir()] == ["model.msgpack"]
-    checkpoint = tm.load_checkpoint(path)
-    assert checkpoint.config == config and hash(checkpoint.config) == hash(config)
-    assert checkpoint.notes == {"task": "mine", "seed": 7}
-    other = tm.create_train_state(TINY, jax.random.key(1), optimizer)
-    other = other.replace(params=None, opt_state=optimizer.init(state.params))
-    other = other.replace(params=state.params)
-    restored = flax.serialization.from_state_dict(other, checkpoint.state)
-    assert int(restored.step) == 1
-    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(restored)):
+def files_in(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def write_checkpoint(path, content, version=2):
+    """Writes what `save_checkpoint` would, but with any content and version."""
+    content = flax.serialization.msgpack_serialize(content)
+    digest = hashlib.sha256(content).hexdigest()
+    first = f"transformer_model checkpoint {version}\n{digest}\n"
+    path.write_bytes(first.encode() + content)
+
+
+def saved_content(path):
+    """What `write_checkpoint` takes."""
+    return flax.serialization.msgpack_restore(path.read_bytes().split(b"\n", 2)[2])
+
+
+def assert_equal_trees(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
         np.testing.assert_array_equal(ours, theirs)
         assert ours.dtype == theirs.dtype
 
 
+def test_checkpoint_keeps_everything(tmp_path):
+    path, state = tmp_path / "model.msgpack", trained_state()
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", dropout_rate=0.3)
+    notes = {"task": "mine", "seed": 7, "loss": np.inf, "words": ["ä", "b"]}
+    notes |= {"nested": {"list": [["a", "b"], []]}, "flag": None}
+    merges = np.array([[100, 101], [259, 100]], np.int32)
+    tm.save_checkpoint(path, config, state, merges=merges, **notes)
+    assert files_in(tmp_path) == ["model.msgpack"]
+    checkpoint = tm.load_checkpoint(path)
+    assert checkpoint.config == config and hash(checkpoint.config) == hash(config)
+    np.testing.assert_array_equal(checkpoint.notes.pop("merges"), merges)
+    assert checkpoint.notes == notes
+    other = jax.tree.map(np.zeros_like, state)
+    restored = tm.restore(path, other, checkpoint.state)
+    assert int(restored.step) == 1
+    assert_equal_trees(restored, state)
+
+
 def test_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "model.msgpack"
-    config, _, state = trained_state()
-    tm.save_checkpoint(path, config, state, number=1)
+    path, state = tmp_path / "model.msgpack", trained_state()
+    tm.save_checkpoint(path, CONFIG, state, number=1)
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tm.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        tm.save_checkpoint(path, config, state, number=2)
+        tm.save_checkpoint(path, CONFIG, state, number=2)
     assert tm.load_checkpoint(path).notes == {"number": 1}
+    assert files_in(tmp_path) == ["model.msgpack"]
+
+
+def test_link_stays_a_link_and_the_mode_is_kept(tmp_path):
+    (tmp_path / "real").mkdir()
+    path, link = tmp_path / "real" / "model", tmp_path / "link"
+    link.symlink_to(path)
+    tm.save_checkpoint(link, CONFIG, trained_state(), number=1)
+    assert link.is_symlink() and not path.is_symlink()
+    for number, mode in enumerate((0o640, 0o604)):
+        path.chmod(mode)
+        tm.save_checkpoint(link, CONFIG, trained_state(), number=number)
+        assert path.stat().st_mode & 0o777 == mode and link.is_symlink()
+        assert tm.load_checkpoint(path).notes == {"number": number}
+    assert files_in(path.parent) == ["model"]
+
+
+def test_leftovers_of_dead_processes_alone_are_removed(tmp_path):
+    path, state = tmp_path / "model[1].x", trained_state()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    living = os.getppid()
+    start = tm.FORMAT + b"2"
+    contents = {
+        f"model[1].x.{dead.pid}.tmp": start,  # the only leftover
+        f"model[1].x.{living}.tmp": start,  # perhaps being written
+        "model[1].x.old.tmp": start,
+        f"model[1].x.{dead.pid}.temp": start,
+        f"model1.x.{dead.pid}.tmp": start,
+        f"other.{dead.pid}.tmp": start,
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    tm.save_checkpoint(path, CONFIG, state)
+    expected = sorted([*contents, path.name])
+    expected.remove(f"model[1].x.{dead.pid}.tmp")
+    assert files_in(tmp_path) == expected
+    # A file of the user's is not a leftover, whatever its name.
+    (tmp_path / f"model[1].x.{dead.pid}.tmp").write_bytes(b"my notes")
+    tm.save_checkpoint(path, CONFIG, state)
+    assert (tmp_path / f"model[1].x.{dead.pid}.tmp").read_bytes() == b"my notes"
+
+
+def test_a_file_of_the_users_is_not_overwritten(tmp_path):
+    path = tmp_path / "model"
+    mine = tmp_path / f"model.{os.getpid()}.tmp"
+    mine.write_bytes(b"my notes")
+    with pytest.raises(FileExistsError):
+        tm.save_checkpoint(path, CONFIG, trained_state())
+    assert mine.read_bytes() == b"my notes" and files_in(tmp_path) == [mine.name]
+    # What this process itself once left is not.
+    mine.write_bytes(tm.FORMAT)
+    tm.save_checkpoint(path, CONFIG, trained_state())
+    assert files_in(tmp_path) == ["model"]
 
 
 def test_damaged_checkpoints_are_told_apart(tmp_path):
     path, other = tmp_path / "model.msgpack", tmp_path / "other.msgpack"
-    config, _, state = trained_state()
-    tm.save_checkpoint(path, config, state)
+    tm.save_checkpoint(path, CONFIG, trained_state())
     good = path.read_bytes()
     flipped = bytearray(good)
     flipped[len(good) // 2] ^= 1
-    later = good.replace(b"checkpoint 1\n", b"checkpoint 2\n", 1)
+
+    def edition(number):
+        return good.replace(b"checkpoint 2\n", b"checkpoint %s\n" % number, 1)
+
     for content, message in [
         (b"", "not a checkpoint"),
         (b"a\tb\n", "not a checkpoint"),
@@ -200,13 +287,83 @@ def test_damaged_checkpoints_are_told_apart(tmp_path):
         (good[:-1], "damaged"),
         (good + b"\0", "damaged"),
         (bytes(flipped), "damaged"),
-        (later, "later program"),
+        (edition(b"1"), "another edition.*version 1, .* reads version 2"),
+        (edition(b"3"), "another edition.*version 3, .* reads version 2"),
+        (edition(b"two"), "not a checkpoint"),
     ]:
         other.write_bytes(content)
         with pytest.raises(tm.InputError, match=message) as error:
             tm.load_checkpoint(other)
         assert str(error.value).startswith(f"{other}: ")
+        assert "\n" not in str(error.value)
     with pytest.raises(tm.InputError, match="No such file"):
         tm.load_checkpoint(tmp_path / "none")
     with pytest.raises(tm.InputError, match="Is a directory"):
         tm.load_checkpoint(tmp_path)
+
+
+def test_fields_that_are_missing_get_the_default(tmp_path):
+    path = tmp_path / "model"
+    config = dataclasses.replace(CONFIG, dropout_rate=0.3, dtype="bfloat16")
+    tm.save_checkpoint(path, config, trained_state())
+    content = saved_content(path)
+    del content["config"]["dropout_rate"], content["config"]["dtype"]
+    write_checkpoint(path, content)
+    assert tm.load_checkpoint(path).config == CONFIG
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda c: c["config"].update(gelu=True), "gelu"),
+        (lambda c: c["config"].update(d_model=32), "does not fit its configuration"),
+        (lambda c: c["config"].update(num_layers=2), "does not fit its configuration"),
+        (lambda c: c["config"].update(norm_first=True), "not fit its configuration"),
+        (lambda c: c["config"].update(num_heads=3), "d_model must be a multiple"),
+        (lambda c: c["config"].update(d_model="16"), "d_model must be of type int"),
+        (lambda c: c["config"].clear(), "does not fit its configuration"),
+        (lambda c: c.update(config=[1]), "not what a checkpoint holds"),
+        (lambda c: c.update(state=7), "not what a checkpoint holds"),
+        (lambda c: c.update(notes="x"), "not what a checkpoint holds"),
+        (lambda c: c.pop("config"), "not what a checkpoint holds.*config"),
+        (lambda c: c.pop("state"), "not what a checkpoint holds.*state"),
+        (lambda c: c.pop("notes"), "not what a checkpoint holds.*notes"),
+        (lambda c: c["state"].pop("params"), "does not fit its configuration"),
+        (lambda c: c["state"].update(params=[1]), "does not fit its configuration"),
+        (lambda c: c["state"]["params"].pop("output"), "not fit its configuration"),
+        (lambda c: c["state"]["params"].update(more=1), "not fit its configuration"),
+    ],
+)
+def test_content_of_another_kind_is_refused(tmp_path, change, message):
+    path, state = tmp_path / "model", trained_state()
+    params = flax.serialization.to_state_dict(jax.device_get(state.params))
+    content = {"config": dataclasses.asdict(CONFIG), "state": {"params": params}}
+    content["notes"] = {}
+    write_checkpoint(path, content)
+    assert tm.load_checkpoint(path).config == CONFIG
+    change(content)
+    write_checkpoint(path, content)
+    with pytest.raises(tm.InputError, match=message) as error:
+        tm.load_checkpoint(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_restore_refuses_a_state_of_another_kind(tmp_path):
+    path, state = tmp_path / "model", trained_state()
+    tm.save_checkpoint(path, CONFIG, state)
+    content = tm.load_checkpoint(path).state
+    params, key = state.params, state.dropout_key
+    more = {"norm": params["output"]}
+    for template in (
+        state.replace(params={**params, "output": params["output"][:, :8]}),
+        state.replace(params={**params, **more}),
+        state.replace(opt_state=optax.sgd(0.1).init(params)),
+        state.replace(opt_state=optax.sgd(0.1, momentum=0.9).init(params)),
+        state.replace(dropout_key=key.astype(np.int32)),
+        state.replace(dropout_key=key[:1]),
+    ):
+        with pytest.raises(tm.InputError, match=f"^{path}: its content does not fit"):
+            tm.restore(path, template, content)
+    for other in ({}, {"params": content["params"]}, None, 7):
+        with pytest.raises(tm.InputError, match=f"^{path}: its content does not fit"):
+            tm.restore(path, state, other)

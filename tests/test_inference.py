@@ -1,6 +1,7 @@
 """Section 9: the cached step, greedy decoding and beam search."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -15,22 +16,32 @@ SRC = random_tokens(6, 7, seed=5, lengths=[7, 4, 5, 7, 1, 6])
 SMALL = dataclasses.replace(
     TINY, tgt_vocab_size=4, num_layers=1, max_len=7, norm_first=True
 )
+MODEL = tm.Transformer(SMALL)
 SEEDS = (1, 2, 5, 6)  # some rows end at once, some later, some never
 
 
+@functools.cache
 def small_model(seed):
     """A random model of 4 target tokens, so that EOS comes early and often."""
-    model = tm.Transformer(SMALL)
+    return MODEL, randomized(initial_params(), seed)
+
+
+@functools.cache
+def initial_params():
     tokens = np.ones((1, 2), np.int32)
-    params = jax.jit(model.init)(jax.random.key(0), tokens, tokens)["params"]
-    return model, randomized(params, seed)
+    return jax.jit(MODEL.init)(jax.random.key(0), tokens, tokens)["params"]
+
+
+@functools.cache
+def jitted_apply(model):
+    return jax.jit(model.apply)
 
 
 def log_probabilities(model, params, src, tokens):
     """Of each token [N, L], by the parallel forward pass: float [N, L]."""
     bos = np.full((len(tokens), 1), tm.BOS_ID)
     inputs = np.concatenate([bos, tokens[:, :-1]], axis=1)
-    logits = jax.jit(model.apply)({"params": params}, src, inputs)
+    logits = jitted_apply(model)({"params": params}, src, inputs)
     log_p = jax.nn.log_softmax(logits)
     return np.take_along_axis(np.array(log_p), tokens[..., None], axis=-1)[..., 0]
 
@@ -41,43 +52,38 @@ def lengths_of(tokens):
     return np.where(ends.any(-1), ends.argmax(-1) + 1, tokens.shape[-1])
 
 
-@pytest.mark.parametrize("num_targets", [1, 2])
-def test_cached_step_equals_the_parallel_pass_at_every_position(num_targets, tiny):
+@pytest.mark.parametrize("step", [1, 3])
+def test_cached_steps_equal_the_parallel_pass_at_every_position(step, tiny):
+    """Whether the cache is filled token by token or by three tokens at a time."""
     apply, params, _ = tiny
     # PAD within a target too: the cache has to hide it as the parallel pass does.
     tgt = random_tokens(6, 9, seed=6, lengths=[9, 5, 9, 2, 9, 9], bos=True)
     tgt[2, 3:5] = tm.PAD_ID
-    # Each source has its own target and, with two, the one of the row above as well.
-    targets = [np.roll(tgt, shift, axis=0) for shift in range(num_targets)]
-    expected = [apply({"params": params}, SRC, one) for one in targets]
+    expected = apply({"params": params}, SRC, tgt)
     memory = apply({"params": params}, SRC, method="encode")
     memory_kv = apply({"params": params}, memory, method="project_kv")
-    # Garbage in the cache, so that reading a position before it is written shows.
-    length = 9 * num_targets
-    cache = jax.tree.map(lambda kv: jnp.full((6, 4, length, 4), 1e3), memory_kv)
-    tokens = np.stack(targets, axis=1)  # [B, W, L]
-    for position in range(9):
-        # A target may see the tokens so far that are its own and are not PAD.
-        mask = (tokens != tm.PAD_ID) & (np.arange(9) <= position)
-        mask = mask[..., None] & np.eye(num_targets, dtype=bool)[None, :, None]
+    # Garbage in the cache, so that reading a position before it is written shows. It
+    # has room for more than this target.
+    cache = jax.tree.map(lambda kv: jnp.full((6, 4, 11, 4), 1e3), memory_kv)
+    is_token = np.pad(tgt != tm.PAD_ID, ((0, 0), (0, 2)))[:, None, None]
+    for start in range(0, 9, step):
+        positions = np.arange(start, start + step)
         logits, cache = apply(
             {"params": params},
-            tokens[:, :, position],
+            tgt[:, positions],
+            is_token & (np.arange(11) <= positions[:, None]),
             memory_kv,
-            mask.reshape(6, 1, num_targets, length),
             tm.padding_mask(SRC),
             cache,
-            position,
+            start,
             method="decode",
         )
-        assert logits.shape == (6, num_targets, 11)
-        for i, one in enumerate(expected):
-            np.testing.assert_allclose(logits[:, i], one[:, position], atol=1e-5)
+        np.testing.assert_allclose(logits, expected[:, positions], atol=1e-5)
 
 
 def decoded_without_cache(model, params, src, max_len):
     """Greedy decoding by the parallel forward pass over everything, again and again."""
-    apply = jax.jit(model.apply)
+    apply = jitted_apply(model)
     tokens = np.full((len(src), max_len + 1), tm.PAD_ID, np.int32)
     tokens[:, 0] = tm.BOS_ID
     ended = np.zeros(len(src), bool)
@@ -98,21 +104,6 @@ def test_greedy_equals_decoding_without_cache(tiny):
     assert len(np.unique(expected, axis=0)) > 1
 
 
-@pytest.mark.parametrize("tiny", [True], indirect=True)
-def test_decoding_past_the_first_length_of_the_cache(tiny):
-    _, params, model = tiny
-    model = tm.Transformer(dataclasses.replace(model.config, max_len=70))
-    expected = decoded_without_cache(model, params, SRC, max_len=70)
-    assert max(lengths_of(expected)) == 70
-    decoded = tm.greedy_decode(model, params, SRC, max_len=70)
-    np.testing.assert_array_equal(decoded, expected)
-    tokens, scores = tm.beam_search(model, params, SRC, 70, 2, alpha=0.0)
-    for beam in range(2):
-        log_p = log_probabilities(model, params, SRC, np.array(tokens[:, beam]))
-        kept = np.arange(70) < lengths_of(tokens[:, beam])[:, None]
-        np.testing.assert_allclose(scores[:, beam], (log_p * kept).sum(-1), rtol=1e-4)
-
-
 def test_greedy_rows_end_at_different_times_and_stay_ended():
     src, seen = SRC[:5], set()
     for seed in SEEDS:
@@ -126,23 +117,27 @@ def test_greedy_rows_end_at_different_times_and_stay_ended():
     assert len(seen) >= 4 and 7 in seen, seen
 
 
-@pytest.mark.parametrize("beam_size", [1, 3])
+@pytest.mark.parametrize("beam_size", [None, 3], ids=["greedy", "beam"])
 def test_loop_stops_when_every_row_has_ended(beam_size, monkeypatch):
     positions = []
     decode = tm.Transformer.decode
 
-    def spy(self, tgt, memory_kv, self_mask, memory_mask, cache, position):
-        jax.debug.callback(lambda p: positions.append(int(p)), position)
-        return decode(self, tgt, memory_kv, self_mask, memory_mask, cache, position)
+    def spy(self, *args):
+        jax.debug.callback(lambda p: positions.append(int(p)), args[-1])
+        return decode(self, *args)
+
+    def search(model):
+        if beam_size is None:
+            return tm.greedy_decode(model, params, src, 7)
+        return tm.beam_search(model, params, src, 7, beam_size)[0]
 
     src, model, params = SRC[:5], *small_model(6)
-    tokens, _ = tm.beam_search(model, params, src, 7, beam_size)
-    longest = lengths_of(np.array(tokens)).max()
+    longest = lengths_of(np.array(search(model))).max()
     assert 1 < longest < 7
-    # Another max_len is another function to compile, with the spy in it.
+    # For another max_len there is another function to compile, with the spy in it.
     other = tm.Transformer(dataclasses.replace(SMALL, max_len=8))
     monkeypatch.setattr(tm.Transformer, "decode", spy)
-    tm.beam_search(other, params, src, 7, beam_size)[0].block_until_ready()
+    search(other).block_until_ready()
     jax.effects_barrier()
     assert sorted(positions) == list(range(longest)), longest
 
@@ -198,7 +193,7 @@ def test_scores_are_what_the_model_assigns(tiny):
 
 def test_finished_hypotheses_are_neither_lost_nor_extended():
     """What a shorter search finished is still there when the search goes on."""
-    src = SRC[:4]
+    src = SRC[:5]
     for seed in SEEDS:
         model, params = small_model(seed)
         for max_len in (2, 4):
@@ -228,23 +223,105 @@ def test_rows_do_not_affect_each_other():
         np.testing.assert_array_equal(tokens_1[0], tokens[row])
 
 
-def test_beam_of_one_is_greedy_and_a_wider_one_scores_no_worse():
+def test_beam_of_one_is_greedy():
     src = SRC[:5]
     for seed in SEEDS:
         model, params = small_model(seed)
-        one, score = tm.beam_search(model, params, src, 7, 1, alpha=0.0)
+        one, _ = tm.beam_search(model, params, src, 7, 1, alpha=0.0)
         greedy = tm.greedy_decode(model, params, src, 7)
         np.testing.assert_array_equal(one[:, 0], greedy)
-        _, wide = tm.beam_search(model, params, src, 7, 64, alpha=0.0)
-        assert (wide[:, 0] >= score[:, 0] - 1e-5).all()
+
+
+def test_best_continuations_by_hand():
+    """Three hypotheses and the tokens PAD, BOS, EOS and one symbol."""
+    no = -np.inf
+
+    def choose(log_p, ended, next_log_p):
+        arrays = np.float32(log_p), np.array(ended), np.float32(next_log_p)
+        log_p, parent, token = tm.best_continuations(*arrays)
+        return [
+            *zip(np.array(log_p).round(4).tolist(), parent.tolist(), token.tolist())
+        ]
+
+    rows = [[-9, -8, -1, -2], [-9, -1.5, -7, -8], [-3, -9, -9, -9]]
+    # At the start only the first may go on, and with different tokens.
+    chosen = choose([0, no, no], [False] * 3, rows)
+    assert chosen == [(-1, 0, 2), (-2, 0, 3), (-8, 0, 1)]
+    # Of all continuations the likeliest, whosever they are.
+    chosen = choose([-1, -1, -1], [False] * 3, rows)
+    assert chosen == [(-2, 0, 2), (-2.5, 1, 1), (-3, 0, 3)]
+    # What has ended stays as it is, PAD costing it nothing, also among better ones.
+    chosen = choose([-1, -50, -1], [False, True, False], rows)
+    assert chosen == [(-50, 1, 0), (-2, 0, 2), (-3, 0, 3)]
+    chosen = choose([-3, -1, -2], [True] * 3, rows)
+    assert sorted(chosen) == [(-3, 0, 0), (-2, 2, 0), (-1, 1, 0)]
+    # With too few continuations, places stay empty, and an empty place stays last.
+    few = [[no, no, -1, no], [no] * 4, [no] * 4]
+    chosen = choose([0, -5, no], [False, True, True], few)
+    assert chosen[:2] == [(-5, 1, 0), (-1, 0, 2)] and chosen[2][0] == no
+
+
+def test_length_penalty_by_hand():
+    tokens = np.array([[[3, 2, 0, 0], [3, 3, 3, 2], [3, 3, 3, 3], [2, 0, 0, 0]]])
+    expected = [[(7 / 6) ** 0.6, (9 / 6) ** 0.6, (9 / 6) ** 0.6, 1.0]]
+    np.testing.assert_allclose(tm.length_penalty(tokens, 0.6), expected, rtol=1e-6)
+    assert (tm.length_penalty(tokens, 0.0) == 1).all()
+
+
+def test_nan_logits_are_told_apart_from_tokens():
+    """Row by row: a token outside the vocabulary makes the logits of its source NaN."""
+    src = SRC[:5].copy()
+    model, params = small_model(1)
+    greedy = tm.greedy_decode(model, params, src, 7)
+    tokens, scores = tm.beam_search(model, params, src, 7, 3)
+    for bad in (-1, 11):
+        src[1, 2] = bad
+        other_greedy = np.array(tm.greedy_decode(model, params, src, 7))
+        other_tokens, other_scores = tm.beam_search(model, params, src, 7, 3)
+        good = np.arange(5) != 1
+        assert (other_greedy[1] == -1).all()
+        np.testing.assert_array_equal(other_greedy[good], greedy[good])
+        assert (other_tokens[1] == -1).all() and np.isnan(other_scores[1]).all()
+        np.testing.assert_array_equal(other_tokens[good], tokens[good])
+        np.testing.assert_allclose(other_scores[good], scores[good], atol=1e-5)
+    nan = jax.tree.map(lambda x: np.full_like(x, np.nan), params)
+    assert (tm.greedy_decode(model, nan, src, 7) == -1).all()
+    assert np.isnan(tm.beam_search(model, nan, src, 7, 3)[1]).all()
 
 
 def test_searches_that_cannot_work_are_refused():
     model, params = small_model(0)
-    with pytest.raises(ValueError, match="max_len 8 is above the model's 7"):
-        tm.greedy_decode(model, params, SRC[:2], max_len=8)
     softmax = tm.Transformer(dataclasses.replace(SMALL, head="softmax"))
-    with pytest.raises(ValueError, match="'softmax'"):
-        tm.beam_search(softmax, params, SRC[:2], max_len=3)
-    with pytest.raises(ValueError, match="max_len 7"):
-        tm.greedy_decode(model, params, np.full((2, 8), 3), max_len=3)
+    hidden = tm.Transformer(dataclasses.replace(SMALL, head="none"))
+    for search in (tm.greedy_decode, tm.beam_search):
+        for max_len in (8, 0, -1):
+            with pytest.raises(
+                ValueError, match=f"max_len must be 1 to 7.* {max_len} "
+            ):
+                search(model, params, SRC[:2], max_len)
+        for other in (softmax, hidden):
+            with pytest.raises(ValueError, match=f'"logits", not .{other.config.head}'):
+                search(other, params, SRC[:2], 3)
+        with pytest.raises(ValueError, match="above max_len=7"):
+            search(model, params, np.full((2, 8), 3), 3)
+        for src in (SRC[:0], SRC[:, :0], SRC.astype(np.float32)):
+            with pytest.raises(ValueError, match="tokens must be integers"):
+                search(model, params, src, 3)
+    for beam_size in (0, -1):
+        with pytest.raises(ValueError, match=f"beam_size at least 1.* {beam_size}"):
+            tm.beam_search(model, params, SRC[:2], 3, beam_size)
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_decoding_again_what_has_not_ended_changes_nothing(beam_size):
+    sources = [[token for token in row.tolist() if token] for row in SRC[:, :6]]
+    lengths = set()
+    for seed in SEEDS:
+        job = *small_model(seed), sources, beam_size
+        short, whole = tm.decode_all(*job, max_len=2), tm.decode_all(*job, max_len=7)
+        for again, once in zip(short, whole):
+            length = lengths_of(np.array(once))
+            assert again[:length] == once[:length]
+            assert not any(again[length:] + once[length:])
+            lengths.add(int(length))
+    assert min(lengths) <= 2 and max(lengths) == 7, lengths

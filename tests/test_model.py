@@ -1,6 +1,9 @@
 """Sections 1 to 7: configuration, masks, shapes, causality, padding, dropout."""
 
 import dataclasses
+import doctest
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -44,15 +47,16 @@ def initialized(module, *args, **kwargs):
         ("norm_first", 1),
         ("share_embeddings", None),
         ("head", "Softmax"),
-        ("dtype", jnp.float16),
-        ("dtype", "float32"),
+        ("dtype", "float16"),
+        ("dtype", "bf16"),
         ("dtype", np.dtype("float32")),
     ],
 )
 def test_config_refuses_by_name_and_value(field, value):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(tm.InputError) as error:
         dataclasses.replace(TINY, **{field: value})
     message = str(error.value)
+    assert isinstance(error.value, ValueError)
     assert repr(value) in message or repr(TINY.d_model) in message
     assert message.startswith((f"{field} must be", "d_model must be a multiple of"))
     assert "\n" not in message
@@ -70,11 +74,14 @@ def test_config_defaults_are_the_base_model_and_hashable():
     assert (config.d_model, config.num_heads, config.num_layers) == (512, 8, 6)
     assert (config.d_ff, config.dropout_rate, config.max_len) == (2048, 0.1, 512)
     assert not config.norm_first and config.share_embeddings
-    assert config.head == "logits" and config.dtype == jnp.float32
+    assert config.head == "logits" and config.dtype == "float32"
     assert hash(config) == hash(tm.TransformerConfig())
     numbers = np.arange(20)
     assert tm.TransformerConfig(src_vocab_size=numbers[9], tgt_vocab_size=9)
     assert tm.TransformerConfig(dropout_rate=np.float32(0.1))
+    assert tm.TransformerConfig(dropout_rate=0)
+    with pytest.raises(TypeError, match="positional"):
+        tm.TransformerConfig(9, 9)
 
 
 # ---- Masks
@@ -94,19 +101,46 @@ def test_causal_mask_by_hand():
     np.testing.assert_array_equal(mask, [[[[1, 0, 0], [1, 1, 0], [1, 1, 1]]]])
 
 
-def test_padding_mask_refuses_other_shapes():
-    with pytest.raises(ValueError, match=r"\[B, L\].*\(3,\)"):
-        tm.padding_mask(jnp.array([1, 2, 3]))
+@pytest.mark.parametrize(
+    "tokens, got",
+    [
+        (np.array([4, 5, 6]), r"int\d+ \(3,\)"),
+        (np.ones((1, 2, 3), int), r"int\d+ \(1, 2, 3\)"),
+        (np.ones((2, 3), np.float32), r"float32 \(2, 3\)"),
+        (np.ones((2, 3), bool), r"bool \(2, 3\)"),
+        (np.ones((0, 3), int), r"int\d+ \(0, 3\)"),
+        (np.ones((2, 0), int), r"int\d+ \(2, 0\)"),
+    ],
+    ids=["1D", "3D", "float", "bool", "no-rows", "no-columns"],
+)
+def test_tokens_that_are_none_are_refused_everywhere(tokens, got, tiny):
+    """As source, as target, as labels, and where only a mask is asked for."""
+    apply, params, model = tiny
+    message = rf"tokens must be integers \[B, L\], got {got}"
+    with pytest.raises(ValueError, match=message):
+        tm.padding_mask(tokens)
+    with pytest.raises(ValueError, match=message):
+        tm.cross_entropy_loss(jnp.zeros((*tokens.shape, VOCAB)), tokens)
+    good = np.full((tokens.shape[0] or 1, 3), 3)
+    with pytest.raises(ValueError, match=message):
+        apply({"params": params}, good, tokens)
+    with pytest.raises(ValueError, match=message):
+        apply({"params": params}, tokens, good)
+    with pytest.raises(ValueError, match=message):
+        tm.greedy_decode(model, params, tokens, 3)
+    with pytest.raises(ValueError, match=message):
+        tm.beam_search(model, params, tokens, 3, 2)
 
 
 # ---- Attention
 
 
 def attention_inputs(dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(0), 3)
-    query = jax.random.normal(keys[0], (2, 3, 4, 8), dtype)
-    key, value = (jax.random.normal(k, (2, 3, 5, 8), dtype) for k in keys[1:])
-    return query, key, value
+    rng = np.random.default_rng(0)
+    return tuple(
+        jnp.asarray(rng.standard_normal((2, 3, length, 8)), dtype)
+        for length in (4, 5, 5)
+    )
 
 
 def test_attention_weights_sum_to_one_where_allowed_and_are_zero_elsewhere():
@@ -140,30 +174,44 @@ def test_attention_of_bfloat16_has_float32_weights():
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
 
 
-def test_attention_refuses_shapes_that_do_not_fit():
+def test_attention_refuses_types_and_shapes_that_do_not_fit():
     query, key, value = attention_inputs()
     attend = tm.scaled_dot_product_attention
+    four_heads = jnp.ones((2, 4, 5, 8))
     for inputs in (
-        (query[0], key[0], value[0]),
-        (query, key[..., :4], value[..., :4]),
-        (query, key[:1], value[:1]),
+        (query, key[..., :4], value),
+        (query, four_heads, four_heads),
         (query, key, value[:, :, :4]),
+        (query, key, value, jnp.ones((2, 1, 5, 4), bool)),
+        (query, key, value, jnp.ones((2, 2, 4, 5), bool)),
     ):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError):
             attend(*inputs)
-        assert all(str(x.shape) in str(error.value) for x in inputs)
-    with pytest.raises(ValueError, match=r"\(2, 1, 5, 4\).*\(2, 3, 4, 5\)"):
-        attend(query, key, value, jnp.ones((2, 1, 5, 4), bool))
-    with pytest.raises(ValueError, match=r"\(4, 5\).*\(2, 3, 4, 5\)"):
-        attend(query, key, value, jnp.ones((4, 5), bool))
-    with pytest.raises(ValueError, match="bool.*float32"):
-        attend(query, key, value, jnp.zeros((1, 1, 4, 5)))
+    with pytest.raises(ValueError, match=r"\[B, H, L, K\], got float32 \(3, 4, 8\)"):
+        attend(query[0], key[0], value[0])
+    for i, name in enumerate(("query", "key", "value")):
+        inputs = [query, key, value]
+        inputs[i] = jnp.ones(inputs[i].shape, jnp.int32)
+        with pytest.raises(ValueError, match=rf"{name}.* must be float.*got int32"):
+            attend(*inputs)
+    for dtype in (jnp.float32, jnp.int32):
+        with pytest.raises(ValueError, match=f"bool.*{dtype.__name__}"):
+            attend(query, key, value, jnp.zeros((1, 1, 4, 5), dtype))
+
+
+def test_bool_mask_of_fewer_axes_is_broadcast():
+    mask = np.random.default_rng(0).random((4, 5)) < 0.7
+    attend = jax.jit(tm.scaled_dot_product_attention)
+    output, weights = attend(*attention_inputs(), mask)
+    whole, _ = attend(*attention_inputs(), np.broadcast_to(mask, (2, 3, 4, 5)))
+    np.testing.assert_array_equal(output, whole)
+    assert (weights[:, :, ~mask] == 0).all() and (weights[:, :, mask] > 0).all()
 
 
 def test_heads_are_independent():
     """A change in one head's part of the values reaches that part of the heads alone."""
     module = tm.MultiHeadAttention(TINY)
-    x = jax.random.normal(jax.random.key(1), (2, 5, 16))
+    x = np.random.default_rng(1).standard_normal((2, 5, 16)).astype(np.float32)
     variables, apply = initialized(module, x, x)
     identity = {"kernel": jnp.eye(16), "bias": jnp.zeros(16)}
     params = {**variables["params"], "output": identity}
@@ -177,22 +225,25 @@ def test_heads_are_independent():
 # ---- Shapes and types of the modules
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_every_module_alone(dtype, norm_first):
     config = dataclasses.replace(TINY, dtype=dtype, norm_first=norm_first)
     x, memory = jnp.ones((2, 5, 16), dtype), jnp.ones((2, 7, 16), dtype)
     kv = (jnp.ones((2, 4, 7, 4), dtype), jnp.ones((2, 4, 7, 4), dtype))
+    cache = jax.tree.map(lambda x: jnp.ones((2, 4, 9, 4), dtype), kv)
 
     def shape_of(module, *args, **kwargs):
-        variables = jax.eval_shape(module.init, jax.random.key(0), *args, **kwargs)
+        init = functools.partial(module.init, **kwargs)
+        variables = jax.eval_shape(init, jax.random.key(0), *args)
         leaves = jax.tree.leaves(variables.get("params", {}))
         assert all(leaf.dtype == jnp.float32 for leaf in leaves)
         variables = {name: variables[name] for name in variables if name == "params"}
-        return jax.eval_shape(module.apply, variables, *args, **kwargs)
+        apply = functools.partial(module.apply, **kwargs)
+        return jax.eval_shape(apply, variables, *args)
 
     for module, args in [
-        (tm.PositionalEncoding(config), (x,)),
+        (tm.Dense(16), (x,)),
         (tm.MultiHeadAttention(config), (x, memory)),
         (tm.FeedForward(config), (x,)),
         (tm.EncoderBlock(config), (x,)),
@@ -200,11 +251,23 @@ def test_every_module_alone(dtype, norm_first):
     ]:
         out = shape_of(module, *args)
         assert out.shape == (2, 5, 16) and out.dtype == dtype, module
-    out, (key, value) = shape_of(tm.DecoderBlock(config), x, kv)
-    assert out.shape == (2, 5, 16) and out.dtype == dtype
-    assert key.shape == value.shape == (2, 4, 5, 4) and key.dtype == dtype
-    out, new_kv = shape_of(tm.Decoder(config), x, [kv, kv])
-    assert out.shape == (2, 5, 16) and len(new_kv) == config.num_layers
+    key, value = shape_of(tm.MultiHeadAttention(config), memory, method="project_kv")
+    assert key.shape == value.shape == (2, 4, 7, 4) and key.dtype == dtype
+    for cached, length in (None, 5), (cache, 9):
+        args = x, None, kv, None, cached, 2
+        out, (key, value) = shape_of(tm.DecoderBlock(config), *args)
+        assert out.shape == (2, 5, 16) and out.dtype == dtype
+        assert key.shape == value.shape == (2, 4, length, 4) and key.dtype == dtype
+        args = x, None, [kv, kv], None, cached and [cached, cached], 2
+        out, new_kv = shape_of(tm.Decoder(config), *args)
+        assert out.shape == (2, 5, 16) and len(new_kv) == config.num_layers
+        assert all(x.shape == (2, 4, length, 4) for pair in new_kv for x in pair)
+
+
+def test_positional_encoding_has_a_row_for_each_position():
+    encoding = tm.positional_encoding(12, 16)
+    assert encoding.shape == (12, 16) and encoding.dtype == np.float32
+    np.testing.assert_array_equal(tm.positional_encoding(5, 16), encoding[:5])
 
 
 def test_heads_of_the_model(tiny):
@@ -229,14 +292,14 @@ def test_bfloat16_stays_close_to_float32():
     to about 1% of the logits' spread, in float32 logits from float32 parameters.
     """
     logits = {}
-    for dtype in (jnp.float32, jnp.bfloat16):
+    for dtype in ("float32", "bfloat16"):
         model = tm.Transformer(dataclasses.replace(TINY, dtype=dtype))
         variables, apply = initialized(model, SRC, TGT)
         assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
         logits[dtype] = apply(variables, SRC, TGT)
-    assert logits[jnp.bfloat16].dtype == jnp.float32
-    difference = logits[jnp.bfloat16] - logits[jnp.float32]
-    relative = float(difference.std() / logits[jnp.float32].std())
+    assert logits["bfloat16"].dtype == jnp.float32
+    difference = logits["bfloat16"] - logits["float32"]
+    relative = float(difference.std() / logits["float32"].std())
     assert 1e-3 < relative < 0.02, relative
 
 
@@ -262,7 +325,7 @@ def test_initial_parameters():
     limit = np.sqrt(6 / (128 + 128))  # Xavier-uniform
     assert 0.95 * limit < jnp.abs(query["kernel"]).max() <= limit
     assert (query["bias"] == 0).all()
-    inner = block["feed_forward"]["Dense_0"]["kernel"]
+    inner = block["feed_forward"]["inner"]["kernel"]
     assert inner.shape == (128, 256)
     assert 0.95 * np.sqrt(6 / 384) < jnp.abs(inner).max() <= np.sqrt(6 / 384)
 
@@ -286,14 +349,81 @@ def test_lengths_and_batches_that_do_not_fit_are_refused(tiny):
     apply, params, _ = tiny
     with pytest.raises(ValueError, match=r"\(3, 7\) and \(2, 6\)"):
         apply({"params": params}, SRC, TGT[:2])
-    with pytest.raises(ValueError, match=r"\(3, 7\) and \(3,\)"):
-        apply({"params": params}, SRC, TGT[:, 0])
+    with pytest.raises(ValueError, match=r"\(1, 7\) and \(3, 6\)"):
+        apply({"params": params}, SRC[:1], TGT)
     long = random_tokens(3, 13)
     for src, tgt in ((long, TGT), (SRC, long)):
-        with pytest.raises(ValueError, match=r"\(3, 13, 16\).*1 to max_len 12"):
+        with pytest.raises(ValueError, match=r"\(3, 13\).*above max_len=12"):
             apply({"params": params}, src, tgt)
-    with pytest.raises(ValueError, match=r"\(3, 0, 16\).*1 to max_len 12"):
-        apply({"params": params}, SRC[:, :0], TGT)
+
+
+def test_token_outside_the_vocabulary_gives_nan_and_to_its_row_alone(tiny):
+    apply, params, _ = tiny
+    expected = apply({"params": params}, SRC, TGT)
+    for token in (-1, VOCAB, -(2**31), 2**31 - 1):
+        src, tgt = SRC.copy(), TGT.copy()
+        src[0, 2] = tgt[1, 3] = token
+        logits = apply({"params": params}, src, tgt)
+        assert jnp.isnan(logits[:2]).all()
+        np.testing.assert_allclose(logits[2], expected[2], atol=1e-5)
+
+
+# ---- The docstrings
+
+
+def test_examples_of_the_docstrings():
+    results = doctest.testmod(tm)
+    assert results.failed == 0 and results.attempted >= 9
+
+
+def drawn_parameters():
+    """The tree in Transformer's docstring: paths of two blocks' arrays -> shapes."""
+    size = {"V": VOCAB, "D": TINY.d_model, "F": TINY.d_ff}
+    drawing = tm.Transformer.__doc__.split("like that of the parameters:\n\n")[1]
+    found, parents = {}, []  # parents: (indentation, paths)
+    for line in drawing.split("\n\n")[0].splitlines():
+        indentation = len(line) - len(line.lstrip())
+        names, _, rest = line.strip().partition("  ")
+        while parents and parents[-1][0] >= indentation:
+            parents.pop()
+        above = parents[-1][1] if parents else [""]
+        names = [name for name in names.split(", ") if name != "..."]
+        paths = [f"{path}/{name}" for path in above for name in names]
+        parents.append((indentation, paths))
+        for leaf, shape in re.findall(r"(\w*) ?\[([^]]*)\]", rest):
+            shape = tuple(size[letter] for letter in shape.split(", "))
+            found |= {f"{path}/{leaf}".rstrip("/"): shape for path in paths}
+    return found
+
+
+def test_drawing_of_the_parameters_is_right():
+    """Of the encoder every array is drawn, with its shape. The decoder has the same, and
+    in each block what the drawing says; pre-norm, a LayerNorm more in each stack.
+    """
+
+    def real(**change):
+        model = tm.Transformer(
+            dataclasses.replace(TINY, share_embeddings=True, **change)
+        )
+        tree = jax.eval_shape(model.init, jax.random.key(0), SRC, TGT)["params"]
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {
+            "".join(f"/{key.key}" for key in path): leaf.shape for path, leaf in flat
+        }
+
+    drawn, expected = drawn_parameters(), {}
+    assert len(drawn) == 1 + 2 * (8 + 4 + 4)
+    for path, shape in drawn.items():
+        expected[path] = shape
+        in_decoder = path.replace("/encoder/", "/decoder/")
+        expected[in_decoder] = shape
+        cross = in_decoder.replace("self_attention", "cross_attention")
+        expected[cross] = shape
+        expected[in_decoder.replace("add_and_norm_1", "add_and_norm_2")] = shape
+    assert real() == expected
+    for stack in ("encoder", "decoder"):
+        expected[f"/{stack}/norm/scale"] = expected[f"/{stack}/norm/bias"] = (16,)
+    assert real(norm_first=True) == expected
 
 
 # ---- Causality, padding, rows
@@ -301,7 +431,6 @@ def test_lengths_and_batches_that_do_not_fit_are_refused(tiny):
 
 def test_no_logit_depends_on_a_later_target_token(tiny):
     apply, params, _ = tiny
-    logits = apply({"params": params}, SRC, TGT)
     tgt = random_tokens(3, 6, seed=2, bos=True)  # no PAD: that would be a mask too
     logits = apply({"params": params}, SRC, tgt)
     for position in range(1, 6):
@@ -313,17 +442,17 @@ def test_no_logit_depends_on_a_later_target_token(tiny):
 
 
 def test_gradient_of_a_logit_stops_at_its_position():
-    config = TINY
-    x = jax.random.normal(jax.random.key(0), (1, 6, 16))
-    decoder = tm.Decoder(config)
+    x = np.random.default_rng(0).standard_normal((1, 6, 16)).astype(np.float32)
+    decoder = tm.Decoder(TINY)
     kv = [(jnp.ones((1, 4, 3, 4)), jnp.ones((1, 4, 3, 4)))] * 2
-    variables, _ = initialized(decoder, x, kv)
+    mask = tm.causal_mask(6)
+    variables, _ = initialized(decoder, x, mask, kv, None)
 
     @jax.jit
     def gradient(x, position):
         def output_at(x):
-            mask = tm.causal_mask(6)
-            return (decoder.apply(variables, x, kv, mask)[0][0, position] ** 3).sum()
+            output, _ = decoder.apply(variables, x, mask, kv, None)
+            return (output[0, position] ** 3).sum()
 
         return jax.grad(output_at)(x)
 
@@ -392,21 +521,23 @@ def test_source_of_nothing_but_padding_is_finite(tiny):
 # ---- Dropout
 
 
-def test_dropout_is_off_unless_asked_for_and_differs_from_key_to_key(tiny):
+def test_dropout_is_on_where_it_gets_a_key_and_differs_from_key_to_key(tiny):
     apply, params, _ = tiny
 
-    def run(seed, deterministic=False):
+    def run(seed):
         rngs = {"dropout": jax.random.key(seed)}
-        variables = {"params": params}
-        return apply(variables, SRC, TGT, deterministic=deterministic, rngs=rngs)
+        return apply({"params": params}, SRC, TGT, rngs=rngs)
 
     plain = apply({"params": params}, SRC, TGT)
-    assert (run(0, deterministic=True) == plain).all()
+    assert (apply({"params": params}, SRC, TGT, rngs={}) == plain).all()
+    other_key = {"params": jax.random.key(0)}
+    assert (apply({"params": params}, SRC, TGT, rngs=other_key) == plain).all()
     assert (run(0) == run(0)).all()
     assert (run(0) != run(1)).any() and (run(0) != plain).any()
 
 
-def test_dropout_is_where_the_paper_puts_it(monkeypatch):
+@pytest.mark.parametrize("has_key", [True, False])
+def test_dropout_is_where_the_paper_puts_it(has_key, monkeypatch):
     """On the two embeddings and on each sub-layer's output: 2 + 2 N + 3 N places."""
     places = []
 
@@ -415,11 +546,13 @@ def test_dropout_is_where_the_paper_puts_it(monkeypatch):
         return x
 
     monkeypatch.setattr(tm.nn.Dropout, "__call__", spy)
-    jax.eval_shape(
-        lambda key: tm.Transformer(TINY).init(key, SRC, TGT, deterministic=False),
-        jax.random.key(0),
-    )
+    keys = {"params": jax.random.key(0)}
+    if has_key:
+        keys["dropout"] = jax.random.key(1)
+    jax.eval_shape(lambda: tm.Transformer(TINY).init(keys, SRC, TGT))
     layers = TINY.num_layers
     expected = [(3, 7, 16)] * (1 + 2 * layers) + [(3, 6, 16)] * (1 + 3 * layers)
     assert [shape for _, shape, _ in places] == expected
-    assert {(rate, flag) for rate, _, flag in places} == {(TINY.dropout_rate, False)}
+    assert {(rate, off) for rate, _, off in places} == {
+        (TINY.dropout_rate, not has_key)
+    }

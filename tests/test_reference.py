@@ -69,8 +69,8 @@ def from_torch(weights, kind, order):
         if kind == "decoder":
             block["cross_attention"] = attention(f"{layer}.multihead_attn")
         block["feed_forward"] = {
-            "Dense_0": linear(f"{layer}.linear1"),
-            "Dense_1": linear(f"{layer}.linear2"),
+            "inner": linear(f"{layer}.linear1"),
+            "outer": linear(f"{layer}.linear2"),
         }
         for j in range(2 if kind == "encoder" else 3):
             block[f"add_and_norm_{j}"] = {"norm": norm(f"{layer}.norm{j + 1}")}
@@ -122,9 +122,14 @@ def test_decoder_is_pytorchs(golden, order):
 
     @jax.jit
     def apply(x, memory):
-        memory_kv = decoder.apply(variables, memory, method="project_kv")
-        masks = tm.padding_mask(tgt) & tm.causal_mask(5), tm.padding_mask(src)
-        output, _ = decoder.apply(variables, x, memory_kv, *masks)
+        def project_kv(decoder):
+            blocks = decoder.blocks
+            return [block.cross_attention.project_kv(memory) for block in blocks]
+
+        memory_kv = decoder.apply(variables, method=project_kv)
+        self_mask = tm.padding_mask(tgt) & tm.causal_mask(5)
+        memory_mask = tm.padding_mask(src)
+        output, _ = decoder.apply(variables, x, self_mask, memory_kv, memory_mask)
         return output
 
     output = apply(golden["target"], golden[f"{order}.memory"])
@@ -239,8 +244,8 @@ def paper_attention(params, num_heads, xs, memory, may_attend):
 
 
 def paper_feed_forward(params, xs):
-    inner = paper_linear(params["Dense_0"], xs)
-    return paper_linear(params["Dense_1"], np.where(inner > 0, inner, 0))
+    inner = paper_linear(params["inner"], xs)
+    return paper_linear(params["outer"], np.where(inner > 0, inner, 0))
 
 
 def paper_sublayer(params, norm_first, xs, sublayer):
@@ -358,18 +363,13 @@ def test_model_is_the_papers(norm_first, share_embeddings):
     assert_close(outputs["softmax"], probabilities)
 
 
-@pytest.mark.parametrize("position", [None, 0, 1, 100, 511])
-def test_positional_encoding_is_the_papers(position):
-    module = tm.PositionalEncoding(tm.TransformerConfig(d_model=512, max_len=512))
-    x = np.random.default_rng(4).normal(size=(2, 4, 512)).astype(np.float32)
-    y = jax.jit(module.apply)({}, x, position)
-    assert y.shape == x.shape
-    for b in range(2):
-        for j in range(4):
-            for i in (0, 1, 2, 3, 64, 65, 254, 255, 256, 257, 510, 511):
-                encoding = paper_position(j if position is None else position, i, 512)
-                expected = float(x[b, j, i]) + encoding
-                assert float(y[b, j, i]) == pytest.approx(expected, abs=1e-6)
+def test_positional_encoding_is_the_papers():
+    encoding = tm.positional_encoding(max_len=512, d_model=512)
+    assert encoding.shape == (512, 512)
+    for position in (0, 1, 2, 3, 100, 101, 510, 511):
+        for i in (0, 1, 2, 3, 64, 65, 254, 255, 256, 257, 510, 511):
+            expected = paper_position(position, i, 512)
+            assert encoding[position, i] == pytest.approx(expected, abs=1e-6)
 
 
 # ---- The loss ------------------------------------------------------------------------
@@ -415,6 +415,28 @@ def test_loss_without_labels_is_zero():
     logits, labels = np.ones((1, 2, 6), np.float32), np.full((1, 2), tm.PAD_ID)
     loss, gradient = jax.value_and_grad(tm.cross_entropy_loss)(logits, labels, 0.1)
     assert loss == 0 and (gradient == 0).all()
+
+
+@pytest.mark.parametrize("label", [-1, 6, -(2**31), 2**31 - 1])
+def test_loss_of_a_label_outside_the_vocabulary_is_nan(label):
+    logits, labels = np.ones((1, 2, 6), np.float32), np.array([[3, label]], np.int32)
+    for label_smoothing in (0.0, 0.1):
+        assert np.isnan(tm.cross_entropy_loss(logits, labels, label_smoothing))
+
+
+def test_loss_refuses_what_does_not_fit():
+    logits, labels = np.ones((1, 2, 6), np.float32), np.array([[3, 4]])
+    for share in (-0.1, 1.1, float("nan"), float("inf"), 2):
+        with pytest.raises(
+            ValueError, match=f"label_smoothing must be 0 to 1.*{share}"
+        ):
+            tm.cross_entropy_loss(logits, labels, share)
+    for share in (0, 1):
+        assert np.isfinite(tm.cross_entropy_loss(logits, labels, share))
+    with pytest.raises(ValueError, match=r"\(1, 2, 6\) and \(1, 1\)"):
+        tm.cross_entropy_loss(logits, labels[:, 1:])
+    with pytest.raises(ValueError, match=r"integers.*float32 \(1, 2\)"):
+        tm.cross_entropy_loss(logits, labels.astype(np.float32))
 
 
 # ---- The size ------------------------------------------------------------------------

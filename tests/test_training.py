@@ -21,11 +21,22 @@ def apply_fn(config):
     return tm.Transformer(config).apply
 
 
-def new_state(seed=0, optimizer=OPTIMIZER, **change):
-    config = dataclasses.replace(CONFIG, **change)
+@functools.cache
+def jitted_apply():
+    return jax.jit(apply_fn(CONFIG))
+
+
+@functools.cache
+def first_state(seed, config, optimizer):
     state = tm.create_train_state(config, jax.random.key(seed), optimizer)
     # The same function and optimizer, so that train_step does not compile again.
     return state.replace(apply_fn=apply_fn(config))
+
+
+def new_state(seed=0, optimizer=OPTIMIZER, **change):
+    """A copy, because train_step takes the memory of what it gets."""
+    state = first_state(seed, dataclasses.replace(CONFIG, **change), optimizer)
+    return jax.tree.map(lambda x: jnp.asarray(np.array(x)), state)
 
 
 def make_batch():
@@ -90,9 +101,7 @@ def test_metrics_by_hand():
     state, batch = new_state(), make_batch()
     metrics = tm.eval_step(state, batch)
     tgt = batch["tgt"]
-    logits = jax.jit(apply_fn(CONFIG))(
-        {"params": state.params}, batch["src"], tgt[:, :-1]
-    )
+    logits = jitted_apply()({"params": state.params}, batch["src"], tgt[:, :-1])
     losses, hits = [], []
     for row in range(4):
         for position in range(8):
@@ -118,21 +127,22 @@ def test_training_has_smoothing_and_dropout_and_evaluation_has_not():
     batch = make_batch()
     plain = float(tm.eval_step(new_state(), batch)["loss"])
     smoothed = float(tm.train_step(new_state(dropout_rate=0.0), batch)[1]["loss"])
-    by_default, given, without = (
-        float(tm.train_step(new_state(), batch, *smoothing)[1]["loss"])
-        for smoothing in ([], [0.1], [0.0])
-    )
-    assert by_default == given != without
-    assert without != plain  # dropout
+    by_default = float(tm.train_step(new_state(), batch)[1]["loss"])
+    # The smoothed loss by hand: a tenth of it is that of an even guess at every label.
+    state, tgt = new_state(), batch["tgt"]
+    logits = jitted_apply()({"params": state.params}, batch["src"], tgt[:, :-1])
+    log_p = np.array(jax.nn.log_softmax(logits))[tgt[:, 1:] != tm.PAD_ID]
+    expected = 0.9 * plain - 0.1 * log_p.mean()
+    np.testing.assert_allclose(smoothed, expected, rtol=1e-5)
     assert by_default != smoothed != plain  # dropout; smoothing
     exact = float(tm.train_step(new_state(dropout_rate=0.0), batch, 0.0)[1]["loss"])
     np.testing.assert_allclose(exact, plain, rtol=1e-6)
 
 
 def test_masks_of_dropout_change_from_step_to_step():
-    """With a learning rate of 0, only the dropout masks change the loss."""
+    """With an optimizer that changes nothing, only the dropout masks change the loss."""
     batch, losses = make_batch(), []
-    state = new_state(optimizer=optax.sgd(0.0))
+    state = new_state(optimizer=optax.set_to_zero())
     for _ in range(3):
         state, metrics = tm.train_step(state, batch)
         losses.append(float(metrics["loss"]))
@@ -165,8 +175,29 @@ def test_fixed_batch_is_learnt_by_heart_and_decoded():
 
 
 def test_batch_that_does_not_fit_is_refused():
-    batch = make_batch()
-    with pytest.raises(ValueError, match=r"\(4, 8\) and \(3, 8\)"):
-        tm.eval_step(new_state(), {**batch, "tgt": batch["tgt"][:3]})
-    with pytest.raises(ValueError, match=r"\(4, 8, 11\) and \(4, 9\)"):
-        tm.cross_entropy_loss(jnp.zeros((4, 8, 11)), batch["tgt"])
+    state, batch = new_state(), make_batch()
+    src, tgt = batch["src"], batch["tgt"]
+    for wrong, message in [
+        ({"tgt": tgt[:3]}, r"\(4, 8\) and \(3, 8\)"),
+        ({"src": src.astype(np.float32)}, r"integers.*float32 \(4, 8\)"),
+        ({"tgt": tgt.astype(np.float32)}, r"integers.*float32 \(4, 8\)"),
+        ({"src": src[:0], "tgt": tgt[:0]}, r"integers.*\(0, 8\)"),
+        ({"src": src[:, :0]}, r"integers.*\(4, 0\)"),
+        ({"tgt": tgt[:, :1]}, r"integers.*\(4, 0\)"),
+    ]:
+        for step in (tm.train_step, tm.eval_step):
+            with pytest.raises(ValueError, match=message):
+                step(state, {**batch, **wrong})
+    for share in (-0.1, 1.5):
+        with pytest.raises(
+            ValueError, match=f"label_smoothing must be 0 to 1.*{share}"
+        ):
+            tm.train_step(state, batch, share)
+
+
+def test_batch_with_a_token_outside_the_vocabulary_has_a_nan_loss():
+    for name, place in (("src", (0, 1)), ("tgt", (0, 3)), ("tgt", (0, 8))):
+        for token in (-1, 11):
+            batch = make_batch()
+            batch[name][place] = token
+            assert np.isnan(tm.eval_step(new_state(), batch)["loss"])
