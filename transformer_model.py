@@ -23,6 +23,11 @@ A token is an integer, its place in the vocabulary. A mask is boolean, True wher
 attention is allowed. `kv` names a pair: the keys and the values, both [B, H, L, K].
 """
 
+import signal
+
+if __name__ == "__main__":  # Until `main` is called, Ctrl-C ends the program at once.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import collections
 import contextlib
@@ -38,17 +43,14 @@ import time
 from functools import partial
 from typing import NamedTuple
 
-try:
-    import flax.linen as nn
-    import flax.serialization
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    import optax
-    from flax.training import train_state
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-except KeyboardInterrupt:  # These imports take seconds, in which Ctrl-C may be pressed.
-    raise SystemExit(130) from None
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.training import train_state
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # ---- 1 Configuration -----------------------------------------------------------------
 
@@ -236,9 +238,15 @@ class MultiHeadAttention(nn.Module):
         """x [B, T, D] attends to memory [B, S, D], both float -> [B, T, D]."""
         return self.attend(x, self.project_kv(memory), mask)
 
-    def project_kv(self, memory):
-        """memory [B, S, D] -> its kv, which decoding keeps from token to token."""
-        return self.split_heads(self.key(memory)), self.split_heads(self.value(memory))
+    def project_kv(self, memory, cache=None, start=0):
+        """memory [B, S, D] -> its kv, or the cache, a longer kv, with this kv written
+        into it from position `start` on.
+        """
+        kv = self.split_heads(self.key(memory)), self.split_heads(self.value(memory))
+        if cache is None:
+            return kv
+        write = partial(jax.lax.dynamic_update_slice_in_dim, axis=2)  # the axis L
+        return tuple(write(old, new, start) for old, new in zip(cache, kv))
 
     def attend(self, x, kv, mask=None):
         """x [B, T, D], kv of length S, mask broadcastable to [B, H, T, S] -> [B, T, D]."""
@@ -354,10 +362,7 @@ class DecoderBlock(nn.Module):
         first, second, third = self.add_and_norm
 
         y = first.before(x)
-        kv = self.self_attention.project_kv(y)
-        if cache is not None:
-            write = partial(jax.lax.dynamic_update_slice_in_dim, axis=2)  # axis L
-            kv = tuple(write(old, new, start) for old, new in zip(cache, kv))
+        kv = self.self_attention.project_kv(y, cache, start)
         y = self.self_attention.attend(y, kv, self_mask)
         x = first.after(x, y)
 
@@ -500,6 +505,7 @@ class Transformer(nn.Module):
 
     def embed(self, embedding, tokens, start=0):
         """int [B, L], at the positions from `start` on -> [B, L, D] (3.4 and 3.5)."""
+        check_tokens(tokens)
         max_len, d_model = self.config.max_len, self.config.d_model
         if tokens.shape[1] > max_len:
             raise ValueError(f"tokens {tokens.shape} [B, L]: L is above {max_len=}")
@@ -694,8 +700,8 @@ def greedy_decode(model, params, src, max_len):
     def step(carry):
         position, tokens, cache = carry
         logits, cache = next_logits(tokens, position, cache)
-        token = jnp.argmax(logits, axis=-1)  # [B]
-        token = jnp.where(jnp.isnan(logits).any(axis=-1), -1, token)
+        highest, token = jax.lax.top_k(logits, 1)  # both [B, 1]; NaN counts as highest
+        token = jnp.where(jnp.isnan(highest), -1, token)[:, 0]
         token = jnp.where(has_ended(tokens), PAD_ID, token)
         return position + 1, tokens.at[:, position + 1].set(token), cache
 
@@ -909,9 +915,10 @@ def read_file(path):
 def decode_line(line, where):
     """A line of UTF-8 (bytes) -> str, without its end and without a byte order mark."""
     try:
-        return line.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+        text = line.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 at byte {error.start + 1}") from None
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def read_pairs(path):
@@ -939,11 +946,13 @@ def read_pairs(path):
 def hold_out(pairs, limit, seed):
     """Chooses at most `limit` pairs to measure on, source by source in random order.
 
-    The pairs to train on are those of all other sources.
+    The pairs to train on are those of all other sources, so that a source with more
+    pairs than `limit` comes last.
     """
-    sources = list(dict.fromkeys(source for source, _ in pairs))
+    counts = collections.Counter(source for source, _ in pairs)
+    sources = list(counts)
     order = np.random.default_rng(seed).permutation(len(sources))
-    rank = {sources[i]: n for n, i in enumerate(order)}
+    rank = {sources[i]: (counts[sources[i]] > limit, n) for n, i in enumerate(order)}
     return sorted(pairs, key=lambda pair: rank[pair[0]])[:limit]
 
 
@@ -981,7 +990,10 @@ def batches_by_width(rows, max_width, batch_size, rng=None):
     [(array([0, 3]), 8), (array([2, 1]), 32)]
     """
     lengths = np.array([max(map(len, row)) + 1 for row in rows])
-    widths = np.minimum(2 ** np.ceil(np.log2(np.maximum(lengths, 8))), max_width)
+    least = (
+        8 if max_width > 16 else max_width
+    )  # One more shape must save its compilation.
+    widths = np.minimum(2 ** np.ceil(np.log2(np.maximum(lengths, least))), max_width)
     order = np.arange(len(rows))
     if rng is not None:
         order = rng.permutation(order)[: len(rows) // batch_size * batch_size]
@@ -1020,27 +1032,28 @@ class Checkpoint(NamedTuple):
     config: TransformerConfig
     state: dict  # the TrainState's content; the parameters are state["params"]
     notes: dict  # the further arguments of `save_checkpoint`
+    tokenizer: Tokenizer  # of the notes' "merges"; without these, of bytes
 
 
 def is_running(process):
     """Whether there is another process of this number on this machine."""
     try:
         os.kill(process, 0)  # does nothing, but fails if there is none
-    except ProcessLookupError:
-        return False
     except PermissionError:  # somebody else's
         return True
+    except ProcessLookupError:
+        return False
     return process != os.getpid()
 
 
 def remove_leftovers(path):
     """Removes the temporary files of processes that were killed while they saved."""
     for file in glob.glob(f"{glob.escape(path)}.*.tmp"):
-        process = file.split(".")[-2]
-        beginning = read_file(file)[: len(FORMAT)]  # which may be cut short, too
-        is_checkpoint = beginning == FORMAT[: len(beginning)]
-        if is_checkpoint and process.isdigit() and not is_running(int(process)):
-            os.remove(file)
+        with contextlib.suppress(ValueError, OverflowError, OSError):  # not such a file
+            beginning = read_file(file)[: len(FORMAT)]  # which may be cut short, too
+            is_checkpoint = beginning == FORMAT[: len(beginning)]
+            if is_checkpoint and not is_running(int(file.split(".")[-2])):
+                os.remove(file)
 
 
 def save_checkpoint(path, config, state, **notes):
@@ -1070,15 +1083,15 @@ def save_checkpoint(path, config, state, **notes):
 
 
 def restore(path, template, content):
-    """Returns content of the checkpoint at `path`, if its arrays are like `template`'s."""
+    """The content of the checkpoint at `path` as a tree like `template`, if it is one."""
 
     def describe(tree):
+        tree = flax.serialization.to_state_dict(tree)
         return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
 
-    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-        restored = flax.serialization.from_state_dict(template, content)
-        if describe(restored) == describe(template):
-            return restored
+    with contextlib.suppress(AttributeError):  # for what is no array
+        if describe(content) == describe(template):
+            return flax.serialization.from_state_dict(template, content)
     raise InputError(f"{path}: its content does not fit its configuration")
 
 
@@ -1102,12 +1115,14 @@ def load_checkpoint(path):
         content = flax.serialization.msgpack_restore(content)
         config = TransformerConfig(**content["config"])
         state, notes = dict(content["state"]), dict(content["notes"])
+        tokenizer = Tokenizer(notes.get("merges", ()))
+        tokens = jnp.full((1, 1), BOS_ID)
+        init = partial(Transformer(config).init, jax.random.key(0))
+        params = jax.eval_shape(init, tokens, tokens)["params"]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not what a checkpoint holds: {error}") from None
-    tokens = jnp.full((1, 1), BOS_ID)
-    init = partial(Transformer(config).init, jax.random.key(0))
-    restore(path, jax.eval_shape(init, tokens, tokens)["params"], state.get("params"))
-    return Checkpoint(config, state, notes)
+    restore(path, params, state.get("params"))
+    return Checkpoint(config, state, notes, tokenizer)
 
 
 # ---- 13 Translation ------------------------------------------------------------------
@@ -1183,7 +1198,7 @@ def show_attention(model, params, tokenizer, source, target):
     apply = jax.jit(model.apply, static_argnames="mutable")
     _, variables = apply({"params": params}, src, tgt, mutable="intermediates")
     blocks = variables["intermediates"]["decoder"]
-    block = blocks[f"blocks_{model.config.num_layers - 1}"]
+    block = blocks[f"blocks_{len(blocks) - 1}"]
     (weights,) = block["cross_attention"]["weights"]  # [1, H, T, S]
     weights = np.asarray(weights).mean(axis=(0, 1))
     shades = " .:-=+*#%@"
@@ -1206,17 +1221,19 @@ def typed_lines():
 
 def translate(args):
     """Prints a translation per text; those that cannot be translated are empty lines."""
-    config, state, notes = load_checkpoint(args.checkpoint)
-    tokenizer = Tokenizer(notes.get("merges", ()))
+    config, state, _, tokenizer = load_checkpoint(args.checkpoint)
     sizes = config.src_vocab_size, config.tgt_vocab_size, tokenizer.vocab_size
-    if len(set(sizes)) > 1:
-        raise InputError(f"{args.checkpoint}: model and tokenizer differ: {sizes}")
+    if len(set(sizes)) > 1 or config.head != "logits":
+        problem = f"vocabularies {sizes}, head {config.head}"
+        raise InputError(f"{args.checkpoint}: not a model that translates: {problem}")
     if args.bf16:
         config = dataclasses.replace(config, dtype="bfloat16")
     model, params, status = Transformer(config), jax.device_put(state["params"]), 0
     lines, chunk_size = map(os.fsencode, args.translate), 1024
     if not args.translate:
-        lines = sys.stdin.buffer
+        lines = getattr(sys.stdin, "buffer", None)
+        if lines is None:
+            raise InputError("--translate: there is no stdin")
         if sys.stdin.isatty():
             lines, chunk_size = typed_lines(), 1
     numbered = enumerate(lines, 1)
@@ -1245,10 +1262,10 @@ def translate(args):
 
 # ---- 14 A training run ---------------------------------------------------------------
 
-# The options that a checkpoint keeps. A run that goes on may change the FREE ones.
+# A checkpoint keeps all options but the OTHER ones. The FREE ones may change afterwards.
+OTHER = ["pairs", "valid", "checkpoint", "translate", "attention", "beam_size"]
+OTHER += ["distributed"]
 FREE = ["steps", "learning_rate", "dropout", "label_smoothing", "bf16"]
-KEPT = ["seed", "batch_size", "max_len", "vocab_size", "post_norm", *FREE]
-KEPT += ["d_model", "num_heads", "num_layers"]
 
 
 @dataclasses.dataclass
@@ -1302,7 +1319,7 @@ def begin(args, old=None):
     """Returns the Run that the options ask for, new or from the old Checkpoint."""
     train, valid = choose_pairs(args, old and old.notes)
     if old:
-        tokenizer = Tokenizer(old.notes["merges"])
+        tokenizer = old.tokenizer
     else:
         tokenizer = Tokenizer.learn(itertools.chain(*train), args.vocab_size)
     train_pairs = encode_pairs(train, tokenizer, args.max_len)
@@ -1330,7 +1347,7 @@ def begin(args, old=None):
     )
     optimizer = optax.adam(make_schedule(args), b1=0.9, b2=0.98, eps=1e-9)
     state = create_train_state(config, jax.random.key(args.seed), optimizer)
-    options = {name: getattr(args, name) for name in KEPT}
+    options = {name: x for name, x in vars(args).items() if name not in OTHER}
     notes = {
         "options": {"task": "pairs" if args.pairs else "reversal", **options},
         "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
@@ -1344,21 +1361,23 @@ def begin(args, old=None):
 
 def resume(run, old):
     """Puts the content of the old Checkpoint into the run, if its options allow it."""
-    path, old_options = run.args.checkpoint, old.notes["options"]
-    for name, here in run.notes["options"].items():
-        there = old_options.get(name)
-        if here != there:
-            differs = f"{name} is {there} there and {here} here"
-            if name not in FREE:
-                raise InputError(f"{path}: cannot continue: {differs}")
-            log(f"{path}: {differs}")
-    if run.notes["digest"] != old.notes["digest"]:
-        log(f"{path}: the pairs to train on have changed since")
-    run.notes["loss"] = old.notes["loss"]
+    path, here, there = run.args.checkpoint, run.notes["options"], old.notes["options"]
+    changes = [name for name in here if here[name] != there.get(name)]
+    messages = [
+        f"{name} is {there.get(name)} there and {here[name]} here" for name in changes
+    ]
+    for name, message in zip(changes, messages):
+        if name not in FREE:
+            raise InputError(f"{path}: cannot continue: {message}")
     run.state = restore(path, run.state, old.state)
-    if run.args.steps != old_options["steps"]:
+    run.notes["loss"] = old.notes["loss"]
+    if run.notes["digest"] != old.notes["digest"]:
+        messages.append("the pairs to train on have changed since")
+    if "steps" in changes:
         rate = float(make_schedule(run.args)(run.state.step))
-        log(f"the learning rate goes on at {rate:.2g}")
+        messages.append(f"the learning rate goes on at {rate:.2g}")
+    for message in messages:
+        log(f"{path}: {message}")
 
 
 def show_model(config, params, mesh):
@@ -1433,8 +1452,9 @@ def saved_so_far(path):
 
 
 def train_for(run, num_steps, batches, sharding):
-    """Trains for so many steps, or for a minute if that is over first, and prints a
-    line of progress. `sharding` gives each device its part of a batch. Returns the loss.
+    """Trains for so many steps, or for a minute if that is over first, saves, and prints
+    a line of progress. `sharding` gives each device its part of a batch. Returns the
+    loss of the last step.
     """
     start, num_tokens, metrics = time.perf_counter(), 0, None
     for done, batch in enumerate(itertools.islice(batches, num_steps), 1):
@@ -1449,12 +1469,14 @@ def train_for(run, num_steps, batches, sharding):
         run.state, metrics = train_step(run.state, batch, run.args.label_smoothing)
         if time.perf_counter() - start > 60:
             break
-    step, loss, accuracy = int(run.state.step), *map(float, metrics.values())
+    step = int(run.state.step)
+    loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
     norm = float(optax.tree.norm(run.state.params))
     if not np.isfinite([loss, norm]).all():
         what = f"loss {loss:.4g}, norm of the parameters {norm:.4g}"
         advice = f"try a lower --learning-rate{saved_so_far(run.args.checkpoint)}"
         raise RunError(f"not finite at step {step}: {what}; {advice}")
+    save(run, loss)
     seconds, steps = time.perf_counter() - start, run.args.steps
     left = round(seconds / done * (steps - step))
     log(
@@ -1485,10 +1507,10 @@ def train(args):
         raise InputError(f"--batch-size {args.batch_size} {problem}")
     if args.checkpoint and os.path.exists(args.checkpoint):
         old = load_checkpoint(args.checkpoint)
-        if missing := {"options", "merges", "valid_pairs", "digest", "loss"} - {
-            *old.notes
-        }:
-            raise InputError(f"{args.checkpoint}: cannot continue: no {missing.pop()}")
+        kinds = {"options": dict, "valid_pairs": list, "digest": str, "loss": float}
+        for name, kind in kinds.items():
+            if not isinstance(old.notes.get(name), kind):
+                raise InputError(f"{args.checkpoint}: cannot continue: no {name}")
         run = begin(args, old)
         resume(run, old)
     else:
@@ -1511,7 +1533,6 @@ def train(args):
     while (step := int(run.state.step)) < args.steps:
         steps_to_report = min(every - step % every, args.steps - step)
         losses.append(train_for(run, steps_to_report, batches, sharding))
-        save(run, losses[-1])
         step = int(run.state.step)
         if step % (5 * every) == 0 and step < args.steps:
             unseen, seen = evaluate(run, 3, sys.stderr)[0], np.mean(losses)
@@ -1527,6 +1548,7 @@ def train(args):
 KINDS = {
     "size": (int, "an integer of at least 1", lambda n: 1 <= n < 2**31),
     "vocab": (int, "an integer of at least 259", lambda n: 259 <= n < 2**31),
+    "beam": (int, "an integer from 1 to 1000", lambda n: 1 <= n <= 1000),
     "rate": (float, "a number above 0", lambda x: 0 < x < float("inf")),
     "share": (float, "a number from 0 to below 1", lambda x: 0 <= x < 1),
     "seed": (int, "an integer from 0 to 2^32 - 1", lambda n: 0 <= n < 2**32),
@@ -1546,7 +1568,7 @@ NUMBERS = {
     "num_layers": ("size", 1, 2, "blocks in each stack"),
     "max_len": ("size", 12, 128, "longest source and target, in tokens"),
     "vocab_size": ("vocab", 259, 500, "tokens: subwords; 259 is bytes"),
-    "beam_size": ("size", 1, 1, "hypotheses of the search; 1 is greedy"),
+    "beam_size": ("beam", 1, 1, "hypotheses of the search; 1 is greedy"),
 }
 # These options need --pairs; and with --translate, only these mean something.
 NEED_PAIRS = "valid", "vocab_size", "label_smoothing"
@@ -1593,18 +1615,20 @@ def parse_arguments(argv):
         default = demo if demo == pairs else f"{demo}, with --pairs {pairs}"
         text = f"{meaning} (default {default})"
         add(flag(name), type=partial(parse_number, kind), metavar="N", help=text)
-    args, rest = parser.parse_known_args(argv)
-    if args.translate is not None and not any(x.startswith("--") for x in rest):
-        args.translate += rest  # texts with a dash, which argparse takes for options
-    elif rest:
-        raise InputError(f"unrecognized arguments: {' '.join(rest)}")
-
-    given = [name for name, value in vars(args).items() if value not in (None, False)]
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--translate" in argv:  # argparse would take a text with a dash for an option.
+        texts = argv.index("--translate") + 1
+        argv[texts:] = [re.sub("^-(?!-)", "\0-", text) for text in argv[texts:]]
+    args = parser.parse_args(argv)
+    if args.translate is not None:
+        args.translate = [text.removeprefix("\0") for text in args.translate]
+    values = vars(args).items()
+    given = [name for name, value in values if value is not None and value is not False]
     if args.translate is not None and args.checkpoint is None:
         raise InputError("--translate needs --checkpoint FILE")
-    if args.checkpoint == "":
-        raise InputError("--checkpoint needs the name of a file")
     for name in given:
+        if getattr(args, name) == "":
+            raise InputError(f"{flag(name)} needs the name of a file")
         if args.translate is not None and name not in FOR_TRANSLATION:
             raise InputError(f"{flag(name)} has no meaning with --translate")
         if args.translate is None and name == "attention":
@@ -1629,6 +1653,9 @@ def start_jax(is_distributed):
     try:
         if is_distributed:
             job = {k: int(os.environ[v]) for k, v in names.items() if v in os.environ}
+            with contextlib.suppress(AttributeError):  # unknown to older versions
+                # Its handler would keep SIGTERM from ending a process.
+                jax.config.update("jax_enable_preemption_service", False)
             jax.distributed.initialize(**job)
         jax.devices()
     except (ValueError, RuntimeError) as error:
@@ -1657,7 +1684,8 @@ def main(argv=None):
     such as a loss that is no longer finite.
     """
     if sys.stdout is None or sys.stderr is None:
-        return 1  # They were closed before the start, and nobody would see a result.
+        print("error: stdout or stderr is closed", file=sys.stderr)  # or to stdout
+        return 1
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # A notebook's streams have no encoding.
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
@@ -1688,4 +1716,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -43,10 +43,15 @@ import optax
 
 import transformer_model as tm
 
+
+def vocabulary(size):
+    return {"src_vocab_size": size, "tgt_vocab_size": size}
+
+
 SMALL = {"d_model": 128, "num_heads": 4, "num_layers": 2, "d_ff": 512}
 SIZES = {  # the model, the batch size, and the length of both source and target
-    "base": (tm.TransformerConfig(8000, 8000), 16, 64),
-    "small": (tm.TransformerConfig(64, 64, **SMALL), 64, 16),
+    "base": (tm.TransformerConfig(**vocabulary(8000)), 16, 64),
+    "small": (tm.TransformerConfig(**vocabulary(64), **SMALL), 64, 16),
 }
 DROPOUT, SMOOTHING, EPSILON = 0.1, 0.1, 1e-6
 LEARNING_RATE, BETAS, ADAM_EPSILON = 1e-4, (0.9, 0.98), 1e-9
@@ -165,14 +170,15 @@ class FlaxTransformer(nn.Module):
     config: tm.TransformerConfig
 
     @nn.compact
-    def __call__(self, src, tgt, deterministic=False):
+    def __call__(self, src, tgt):
         config, width = self.config, self.config.d_model
         normal = nn.initializers.normal(width**-0.5)
         embed = nn.Embed(config.tgt_vocab_size, width, embedding_init=normal)
 
         def enter(tokens):
-            x = tm.PositionalEncoding(config)(embed(tokens) * width**0.5)
-            return nn.Dropout(DROPOUT, deterministic=deterministic)(x)
+            positions = tm.positional_encoding(tokens.shape[1], width)
+            x = embed(tokens) * width**0.5 + positions
+            return nn.Dropout(DROPOUT, deterministic=False)(x)
 
         def mask(queries, keys):
             return nn.make_attention_mask(jnp.ones_like(queries), keys != tm.PAD_ID)
@@ -200,8 +206,8 @@ def setup_torch():
 def torch_training(config, batch, is_compiled):
     torch, device = setup_torch()
     heads, layers, width = config.num_heads, config.num_layers, config.d_model
-    shape = 1, batch["src"].shape[1], width
-    positions = tm.PositionalEncoding(config).apply({}, jnp.zeros(shape))
+    length = batch["src"].shape[1]
+    positions = tm.positional_encoding(length, width)
 
     class Model(torch.nn.Module):
         def __init__(self):
@@ -219,8 +225,8 @@ def torch_training(config, batch, is_compiled):
             self.dropout = torch.nn.Dropout(DROPOUT)
             self.embedding = torch.nn.Embedding(config.tgt_vocab_size, width)
             torch.nn.init.normal_(self.embedding.weight, std=width**-0.5)
-            self.register_buffer("positions", torch.tensor(np.asarray(positions)))
-            future = torch.ones(shape[1], shape[1], dtype=torch.bool).triu(1)
+            self.register_buffer("positions", torch.tensor(positions))
+            future = torch.ones(length, length, dtype=torch.bool).triu(1)
             self.register_buffer("future", future)
 
         def enter(self, tokens):
@@ -262,7 +268,7 @@ def torch_training(config, batch, is_compiled):
 def train(sizes, rounds):
     for size, (config, *shape) in sizes.items():
         batch = random_batch(*shape)
-        theirs = dataclasses.replace(config, dtype=jnp.float32)
+        theirs = dataclasses.replace(config, dtype="float32")
         job, model = (theirs, batch), FlaxTransformer(theirs)
         peers = {
             "Flax's own layers": functools.partial(jax_training, *job, model),
@@ -407,7 +413,7 @@ def in_new_processes(is_bf16, number):
 
 
 def compilation(sizes, rounds):
-    is_bf16 = sizes["base"][0].dtype == jnp.bfloat16
+    is_bf16 = sizes["base"][0].dtype == "bfloat16"
     without, cached = in_new_processes(is_bf16, min(rounds, 3))
     for name in ("step", "greedy"):
         work = f"compile {name}, base"
@@ -416,7 +422,7 @@ def compilation(sizes, rounds):
 
 def memory(sizes, rounds):
     config, *shape = sizes["base"]
-    is_bf16 = config.dtype == jnp.bfloat16
+    is_bf16 = config.dtype == "bfloat16"
     _, cached = in_new_processes(is_bf16, min(rounds, 3))  # compiling takes memory too
     tokens = random_tokens(*shape)
     init = functools.partial(tm.Transformer(config).init, jax.random.key(0))
@@ -458,7 +464,7 @@ def main():
     sizes = dict(SIZES)
     if args.bf16:
         for name, (config, *shape) in SIZES.items():
-            sizes[name] = dataclasses.replace(config, dtype=jnp.bfloat16), *shape
+            sizes[name] = dataclasses.replace(config, dtype="bfloat16"), *shape
     if args.first_calls:
         print(json.dumps(first_calls(*sizes["base"])))
         return

@@ -77,3 +77,46 @@ def tiny(request):
 def pytest_collection_modifyitems(items):
     """The longest first, so that no worker is left with them at the end."""
     items.sort(key=lambda item: item.path.name != "test_scaling.py")
+
+
+# The smallest model of the command line. Its tokens are bytes, and with so short pairs
+# all batches have one shape.
+OPTIONS = ["--d-model", "16", "--num-heads", "2", "--num-layers", "1", "--max-len", "7"]
+LEARN = [*OPTIONS, "--batch-size", "16", "--vocab-size", "259"]
+
+
+def run(capsys, *args):
+    """Runs `main` in this process: (status, stdout, stderr)."""
+    status = tm.main([str(arg) for arg in args])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def assert_refused(result, *words, status=2):
+    """One line on stderr with all the words in it, and nothing on stdout."""
+    returned, out, err = result
+    assert returned == status, err
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    for word in words:
+        assert str(word) in err
+
+
+def write_pairs(path, pairs):
+    path.write_text("".join(f"{source}\t{target}\n" for source, target in pairs))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "pairs.tsv"
+    return write_pairs(path, tm.reversal_pairs(200, 7, seed=0))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, pairs_file):
+    """A checkpoint of a model that has hardly learnt anything."""
+    path = tmp_path_factory.mktemp("model") / "model.msgpack"
+    args = ["--pairs", pairs_file, "--checkpoint", path, "--steps", 5, *LEARN]
+    assert tm.main([str(arg) for arg in args]) == 0
+    return path

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -201,3 +202,8 @@ def test_batch_with_a_token_outside_the_vocabulary_has_a_nan_loss():
             batch = make_batch()
             batch[name][place] = token
             assert np.isnan(tm.eval_step(new_state(), batch)["loss"])
+
+
+def test_label_smoothing_is_the_papers_by_default():
+    parameters = inspect.signature(tm.train_step).parameters
+    assert parameters["label_smoothing"].default == 0.1
