@@ -25,7 +25,8 @@ attention is allowed. `kv` names a pair: the keys and the values, both [B, H, L,
 
 import signal
 
-if __name__ == "__main__":  # Until `main` is called, Ctrl-C ends the program at once.
+if __name__ == "__main__":
+    # The imports take seconds. In these, Ctrl-C is to end the program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -96,8 +97,8 @@ class TransformerConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             is_type = isinstance(value, numbers.get(field.type, field.type))
-            is_bool = isinstance(value, bool)  # True and False are ints too, in Python.
-            is_type = is_type and is_bool == (field.type is bool)
+            if isinstance(value, bool):  # In Python, True and False are ints as well.
+                is_type = field.type is bool
             require(field.name, is_type, f"of type {field.type.__name__}")
             if field.type is int:
                 # A vocabulary holds the three special tokens and at least one symbol.
@@ -172,7 +173,7 @@ def positional_encoding(max_len, d_model):
 
 # ---- 4 Attention ---------------------------------------------------------------------
 
-# Sums are float32 and stay so, whether the inputs are float32 or bfloat16.
+# Scores and logits are float32, even where they are products of bfloat16 inputs.
 einsum_float32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
@@ -197,7 +198,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    weights = jax.nn.softmax(scores, where=mask)  # zeros where the mask has no True
+    # Where the mask is False the weights are 0, even if it is False in all of a row.
+    weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
 
@@ -223,8 +225,8 @@ class MultiHeadAttention(nn.Module):
     MultiHead(Q, K, V) = Concat(head_1, ..., head_H) W^O
     head_i = Attention(Q W_i^Q, K W_i^K, V W_i^V)
 
-    The matrices W_i of all heads stand side by side in one D x D matrix. Each call
-    leaves its weights in Flax's collection "intermediates", under the name "weights".
+    Q, K and V are the paper's; the W_i of all heads stand side by side in one D x D
+    matrix. The attention weights go to Flax's collection "intermediates".
     """
 
     config: TransformerConfig
@@ -239,8 +241,10 @@ class MultiHeadAttention(nn.Module):
         return self.attend(x, self.project_kv(memory), mask)
 
     def project_kv(self, memory, cache=None, start=0):
-        """memory [B, S, D] -> its kv, or the cache, a longer kv, with this kv written
-        into it from position `start` on.
+        """memory [B, S, D] -> its kv.
+
+        Decoding gives a cache, the kv of a longer memory (see `DecoderBlock`). It gets
+        that cache back, with the new kv written into it from position `start` on.
         """
         kv = self.split_heads(self.key(memory)), self.split_heads(self.value(memory))
         if cache is None:
@@ -258,8 +262,8 @@ class MultiHeadAttention(nn.Module):
     def split_heads(self, x):
         """x [B, L, D] -> [B, H, L, K].
 
-        Eq. 1 multiplies head by head, so this is its layout. Decoding keeps every kv in
-        it: from another, XLA would transpose all that is kept, once for each token.
+        Eq. 1 multiplies head by head and wants this layout. The cache is kept in it, too:
+        otherwise XLA would transpose the whole cache at every token.
         """
         return x.reshape(*x.shape[:2], self.config.num_heads, -1).swapaxes(1, 2)
 
@@ -397,7 +401,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The stack of decoder blocks (section 3.1), for pre-norm with a LayerNorm after it."""
+    """The stack of decoder blocks (section 3.1). Pre-norm ends in a LayerNorm here too."""
 
     config: TransformerConfig
 
@@ -428,7 +432,7 @@ class Transformer(nn.Module):
         logits = model.apply(variables, src, tgt)
 
     With rngs={"dropout": key}, dropout is on. With mutable=["intermediates"], `apply`
-    returns all attention weights too, in a tree like that of the parameters:
+    returns all attention weights too, in a tree like this one of the parameters:
 
         embedding                           [V, D]
         encoder
@@ -523,8 +527,8 @@ class Transformer(nn.Module):
 def mean_over_labels(values, labels):
     """The mean of values [B, T] over the labels [B, T] that are not PAD; 0 without any.
 
-    Where a batch is split among devices, it is the mean over the labels of all devices:
-    jit takes both sums over the whole batch.
+    Where a batch is split among devices (section 14), it is the mean over the labels of
+    all devices: jit takes both sums over the whole batch.
     """
     is_label = labels != PAD_ID
     return jnp.where(is_label, values, 0).sum() / jnp.maximum(is_label.sum(), 1)
@@ -543,7 +547,8 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
     if logits.shape[:-1] != labels.shape:
         got = f"{logits.shape} and {labels.shape}"
         raise ValueError(f"logits and labels must be [B, T, V] and [B, T], got {got}")
-    if isinstance(label_smoothing, (int, float)) and not 0 <= label_smoothing <= 1:
+    is_number = isinstance(label_smoothing, (int, float))  # jit gives what is not.
+    if is_number and not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be 0 to 1, not {label_smoothing}")
     vocab_size = logits.shape[-1]
     targets = optax.smooth_labels(jax.nn.one_hot(labels, vocab_size), label_smoothing)
@@ -592,7 +597,7 @@ def create_train_state(config, key, optimizer=None):
     tokens = jnp.full((1, 1), BOS_ID)
     params = jax.jit(model.init)(params_key, tokens, tokens)["params"]
     return TrainState(
-        step=jnp.zeros((), jnp.int32),  # from an int, train_step would compile twice
+        step=jnp.zeros((), jnp.int32),  # An int would be compiled once, and this later.
         apply_fn=model.apply,
         params=params,
         tx=optimizer,
@@ -616,7 +621,7 @@ def train_step(state, batch, label_smoothing=0.1):
     """One step of gradient descent.
 
     Args:
-      state: a TrainState; its memory is reused, so go on with the one returned.
+      state: a TrainState. Its arrays are used up, so go on with the one returned.
       batch: {"src": int [B, S], "tgt": int [B, T + 1]}, tgt from BOS to EOS.
 
     Returns:
@@ -648,9 +653,10 @@ def start_decoding(model, params, src, max_len, beam_size=1):
 
     Returns:
       next_logits(tokens, position, cache) -> (logits, cache), one step. tokens, int
-        [B * W, max_len + 1], are those so far, with PAD after `position`; the logits,
-        float32 [B * W, V], are for the token at position + 1.
-      cache: the first one, empty, with room for max_len tokens.
+        [B * W, max_len + 1], are those so far, BOS first, with PAD after `position`.
+        The logits, float32 [B * W, V], are for the token at position + 1.
+      cache: the first one, empty, with room for max_len tokens: BOS and all that follow
+        but the last, which is never attended to.
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -661,14 +667,13 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     memory_kv = apply(apply(src, method="encode"), method="project_kv")
     repeat = partial(jnp.repeat, repeats=beam_size, axis=0)
     memory_kv, memory_mask = jax.tree.map(repeat, (memory_kv, padding_mask(src)))
-    memory = memory_kv, memory_mask
 
     def next_logits(tokens, position, cache):
         # No causal mask is needed: what has not been decoded yet is PAD.
         self_mask = padding_mask(tokens[:, :max_len])
         last = tokens[:, position][:, None]  # [B * W, 1]
-        job = last, self_mask, *memory, cache, position
-        logits, cache = apply(*job, method="decode")
+        inputs = last, self_mask, memory_kv, memory_mask, cache, position
+        logits, cache = apply(*inputs, method="decode")
         return logits[:, 0], cache
 
     def empty(x):  # [B * W, H, S, K] -> [B * W, H, max_len, K]
@@ -723,9 +728,9 @@ def best_continuations(log_p, ended, next_log_p):
       that each of them continues; token, int [W], what it adds to that.
     """
     beam_size, vocab_size = next_log_p.shape
-    # The only continuation of a hypothesis that has ended is PAD, at no cost. It ranks
-    # before all others, so that a finished hypothesis is never lost. NaN ranks higher
-    # still, and shows in the scores.
+    # The only continuation of a hypothesis that has ended is PAD, at no cost; all others
+    # have -inf. It ranks first, so that a finished hypothesis is never lost. (NaN ranks
+    # higher still, and so shows in the scores.)
     pad_alone = jnp.where(jnp.arange(vocab_size) == PAD_ID, 0, -jnp.inf)
     total = log_p[:, None] + jnp.where(ended[:, None], pad_alone, next_log_p)  # [W, V]
     rank = jnp.where(ended[:, None] & (total > -jnp.inf), jnp.inf, total)
@@ -750,7 +755,7 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 
       tokens: int32 [B, W, max_len], without BOS, PAD after EOS, best first.
       scores: float32 [B, W], log P / ((5 + length) / 6)^alpha; EOS counts in length.
-        -inf marks an empty place, for want of so many targets; ignore its tokens.
+        -inf marks a place left empty, as there are fewer than W targets in all.
 
     Where the model's logits are NaN, so are the scores, and the tokens are -1.
     """
@@ -826,9 +831,9 @@ class Tokenizer:
                 f"vocab_size must be at least {FIRST_MERGE_ID}: {vocab_size}"
             )
         words = collections.Counter(w for text in texts for w in WORD.findall(text))
-        # All different words in one array. Before the first and after each stands a
-        # border, a byte that no UTF-8 contains. The weight of a token is the number of
-        # times that its word occurs; pairs with a border are not counted.
+        # All different words in one array, as in |low|lower|slow|, with a byte that no
+        # UTF-8 contains for a border. The weight of a token is the number of times that
+        # its word occurs.
         spelled = [word.encode() + b"\xff" for word in words]
         tokens = np.frombuffer(b"\xff" + b"".join(spelled), np.uint8).astype(np.int64)
         tokens, border = tokens + FIRST_SYMBOL_ID, 0xFF + FIRST_SYMBOL_ID
@@ -850,18 +855,18 @@ class Tokenizer:
         while queue and FIRST_MERGE_ID + len(merges) < vocab_size:
             negative_count, pair = heapq.heappop(queue)
             if -negative_count != counts[pair] or counts[pair] < 2:
-                continue  # It is too rare, or has another count and entry by now.
+                continue  # The pair is too rare, or its newer entry comes later.
             left, right = divmod(pair, vocab_size)
             at = np.flatnonzero((tokens[:-1] == left) & (tokens[1:] == right))
             if left == right:  # Of three in a row the first two merge.
                 runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
                 at = np.concatenate([run[::2] for run in runs])
-            # Where b c in a b c d becomes X, the pairs ab, bc and cd go, and aX and Xd
-            # come. `unique`, as the d of one place may be the b of the next.
+            # If b c becomes X in |b c b c|, then `at` is [1, 3], and the pairs at 0 to 4 are
+            # taken off. In |X X| it is [1, 2], and the pairs at 0 to 2 are added.
             count(np.unique([at - 1, at, at + 1]), -1)
             tokens[at] = FIRST_MERGE_ID + len(merges)
             tokens, weights = np.delete(tokens, at + 1), np.delete(weights, at + 1)
-            at -= np.arange(len(at))  # Each has moved up by the merges before it.
+            at -= np.arange(len(at))
             count(np.unique([at - 1, at]), 1)
             merges.append((left, right))
         return cls(merges)
@@ -872,12 +877,12 @@ class Tokenizer:
         for word in WORD.findall(text):
             if word not in self.known_words:
                 tokens = [byte + FIRST_SYMBOL_ID for byte in word.encode()]
-                while merges := [
+                while possible := [
                     (self.token_of[pair], i)
                     for i, pair in enumerate(itertools.pairwise(tokens))
                     if pair in self.token_of
                 ]:
-                    token, i = min(merges)
+                    token, i = min(possible)  # the earliest merge, at its first place
                     tokens[i : i + 2] = [token]
                 self.known_words[word] = tokens
             encoded += self.known_words[word]
@@ -946,8 +951,8 @@ def read_pairs(path):
 def hold_out(pairs, limit, seed):
     """Chooses at most `limit` pairs to measure on, source by source in random order.
 
-    The pairs to train on are those of all other sources, so that a source with more
-    pairs than `limit` comes last.
+    No pair of a chosen source is trained on. So that few are lost to training, a source
+    with more pairs than `limit` is chosen last.
     """
     counts = collections.Counter(source for source, _ in pairs)
     sources = list(counts)
@@ -990,9 +995,7 @@ def batches_by_width(rows, max_width, batch_size, rng=None):
     [(array([0, 3]), 8), (array([2, 1]), 32)]
     """
     lengths = np.array([max(map(len, row)) + 1 for row in rows])
-    least = (
-        8 if max_width > 16 else max_width
-    )  # One more shape must save its compilation.
+    least = 8 if max_width > 16 else max_width  # Up to 16, one shape is enough.
     widths = np.minimum(2 ** np.ceil(np.log2(np.maximum(lengths, least))), max_width)
     order = np.arange(len(rows))
     if rng is not None:
@@ -1050,7 +1053,9 @@ def remove_leftovers(path):
     """Removes the temporary files of processes that were killed while they saved."""
     for file in glob.glob(f"{glob.escape(path)}.*.tmp"):
         with contextlib.suppress(ValueError, OverflowError, OSError):  # not such a file
-            beginning = read_file(file)[: len(FORMAT)]  # which may be cut short, too
+            beginning = read_file(file)[
+                : len(FORMAT)
+            ]  # or less, if it was killed there
             is_checkpoint = beginning == FORMAT[: len(beginning)]
             if is_checkpoint and not is_running(int(file.split(".")[-2])):
                 os.remove(file)
@@ -1083,7 +1088,10 @@ def save_checkpoint(path, config, state, **notes):
 
 
 def restore(path, template, content):
-    """The content of the checkpoint at `path` as a tree like `template`, if it is one."""
+    """Returns content of the checkpoint at `path` as a tree of the kind of `template`.
+
+    Other names, shapes or types than the template's are an InputError.
+    """
 
     def describe(tree):
         tree = flax.serialization.to_state_dict(tree)
@@ -1121,7 +1129,7 @@ def load_checkpoint(path):
         params = jax.eval_shape(init, tokens, tokens)["params"]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not what a checkpoint holds: {error}") from None
-    restore(path, params, state.get("params"))
+    restore(path, params, state.get("params"))  # to see if they fit
     return Checkpoint(config, state, notes, tokenizer)
 
 
@@ -1154,7 +1162,7 @@ def decode_all(model, params, sources, beam_size, max_len=32):
     outputs, longest = {}, model.config.max_len
     max_len = min(max_len, longest)
     for numbers, width in batches_by_width([(s,) for s in sources], longest, 64):
-        # Every number of rows is compiled anew: repetitions make it 1, 2, 4, 8, ...
+        # Every number of rows is compiled anew. Repeated rows make it a power of two.
         filled = np.resize(numbers, 2 ** (len(numbers) - 1).bit_length())
         src = pad([[*sources[i], EOS_ID] for i in filled], width)
         if beam_size == 1:
@@ -1164,6 +1172,7 @@ def decode_all(model, params, sources, beam_size, max_len=32):
         if (tokens < 0).any():
             raise RunError("the model is of no use: its logits are NaN")
         tokens = np.asarray(tokens)[: len(numbers)]  # without the repetitions
+        # A longer search gives the same if all hypotheses have ended, and only then.
         done = has_ended(tokens).all(axis=1) | (max_len == longest)
         best = zip(numbers, tokens[:, 0].tolist(), done)
         outputs |= {i: output for i, output, is_done in best if is_done}
@@ -1560,7 +1569,7 @@ NUMBERS = {
     "steps": ("size", 1000, 11000, "training steps in all"),
     "batch_size": ("size", 64, 128, "pairs in a step, on all devices together"),
     "learning_rate": ("rate", 3e-3, 3e-3, "its peak"),
-    "dropout": ("share", 0.0, 0.0, "dropout rate"),
+    "dropout": ("share", 0.0, 0.1, "dropout rate"),
     "label_smoothing": ("share", 0.0, 0.1, "label smoothing"),
     "seed": ("seed", 0, 0, "of parameters, dropout and the order of the data"),
     "d_model": ("size", 64, 128, "width; the inner width is 4 times that"),

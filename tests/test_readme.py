@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import sys
 
 import pytest
 import what_breaks
@@ -16,16 +17,23 @@ def test_program_runs_and_prints_what_the_readme_says(
     program, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
+    words = (f"{word} {n}\t{word[::-1]}\n" for n in range(20) for word in ("ab", "cde"))
+    (tmp_path / "words.tsv").write_text("".join(words))
     path = tmp_path / "program.py"
     path.write_text(program)
+    arguments = ["words.tsv", "2"] if "sys.argv" in program else []
+    monkeypatch.setattr(sys, "argv", [str(path), *arguments])
     runpy.run_path(str(path))
     printed = capsys.readouterr().out.splitlines()
     promised = re.findall(r"^print\(.*\)  # (.+)$", program, re.MULTILINE)
-    assert promised and printed == promised
+    if arguments:
+        assert re.fullmatch(r"\d+\.\d% of \d+ exactly right", printed[0])
+    else:
+        assert promised and printed == promised
 
 
-def test_there_are_three_programs():
-    assert len(PROGRAMS) == 3
+def test_there_are_four_programs():
+    assert len(PROGRAMS) == 4
 
 
 def test_sections_of_the_map_exist():

@@ -94,11 +94,14 @@ def test_same_losses_everywhere_and_checkpoints_go_from_one_to_another(data, tmp
         line = killed[0].stderr.readline()
         assert line, seen
         seen += line
+    # Older versions of JAX catch SIGTERM in a job, whether the program wants it or not.
+    is_free = hasattr(jax.config, "jax_enable_preemption_service")
+    number = signal.SIGTERM if is_free else signal.SIGKILL
     for process in killed:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
     for process in killed:
         rest = process.communicate(timeout=60)[1]
-        assert process.returncode == -signal.SIGTERM, rest
+        assert process.returncode == -number, rest
     step = int(tm.load_checkpoint(files["2 x 2"]).state["step"])
     assert 9 <= step <= 10
     jobs["2 x 2"] = go("2 x 2", files["2 x 2"], 20)

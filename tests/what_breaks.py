@@ -68,8 +68,8 @@ CHANGES = [
     ("pre-norm", "", "--post-norm"),  # an option, and no change
     (
         "warm-up",
-        "0.0, args.learning_rate, args.steps // 10, args.steps",
-        "0.0, args.learning_rate, 0, args.steps",
+        "*rates, args.steps // 10, args.steps",
+        "*rates, 0, args.steps",
     ),
     (
         "label shift",
