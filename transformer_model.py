@@ -513,7 +513,8 @@ class Transformer(nn.Module):
         max_len, d_model = self.config.max_len, self.config.d_model
         if tokens.shape[1] > max_len:
             raise ValueError(f"tokens {tokens.shape} [B, L]: L is above {max_len=}")
-        # Out of range, jnp.take gives NaN; as unsigned, negative tokens are out of range.
+        # jnp.take gives NaN beyond the last row. Unsigned, a negative token is beyond it,
+        # too, and does not count from the end.
         x = jnp.take(embedding, tokens.astype("uint32"), axis=0) * d_model**0.5
         position = start + jnp.arange(tokens.shape[1])
         x = x + jnp.asarray(positional_encoding(max_len, d_model))[position]
@@ -669,7 +670,8 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     memory_kv, memory_mask = jax.tree.map(repeat, (memory_kv, padding_mask(src)))
 
     def next_logits(tokens, position, cache):
-        # No causal mask is needed: what has not been decoded yet is PAD.
+        # The one query may attend to all tokens so far. The others of the cache are not
+        # decoded yet, hence PAD and masked, so that no causal mask is needed.
         self_mask = padding_mask(tokens[:, :max_len])
         last = tokens[:, position][:, None]  # [B * W, 1]
         inputs = last, self_mask, memory_kv, memory_mask, cache, position
@@ -688,7 +690,9 @@ def has_ended(tokens):
 
 
 def is_unfinished(carry):
-    """Whether a search goes on; carry is its state, from the first step to the last."""
+    """Whether a search goes on. Its state between two steps, the carry, is a tuple: the
+    position of the last token, all tokens so far, and what else the search needs.
+    """
     position, tokens, *_ = carry
     return (position < tokens.shape[-1] - 1) & ~has_ended(tokens).all()
 
@@ -728,9 +732,10 @@ def best_continuations(log_p, ended, next_log_p):
       that each of them continues; token, int [W], what it adds to that.
     """
     beam_size, vocab_size = next_log_p.shape
-    # The only continuation of a hypothesis that has ended is PAD, at no cost; all others
-    # have -inf. It ranks first, so that a finished hypothesis is never lost. (NaN ranks
-    # higher still, and so shows in the scores.)
+    # The only continuation of a hypothesis that has ended is PAD, at no cost. That ranks
+    # as inf, so that a finished hypothesis is never lost. Everything else that is -inf
+    # stays so: its other tokens, and all tokens in a place without a hypothesis. (NaN
+    # ranks higher still, and so shows in the scores.)
     pad_alone = jnp.where(jnp.arange(vocab_size) == PAD_ID, 0, -jnp.inf)
     total = log_p[:, None] + jnp.where(ended[:, None], pad_alone, next_log_p)  # [W, V]
     rank = jnp.where(ended[:, None] & (total > -jnp.inf), jnp.inf, total)
@@ -792,7 +797,20 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 # ---- 10 Text -------------------------------------------------------------------------
 
 FIRST_MERGE_ID = FIRST_SYMBOL_ID + 256  # The tokens before it are the 256 bytes.
+BORDER = FIRST_SYMBOL_ID + 0xFF  # a byte that no UTF-8 contains
 WORD = re.compile(r" ?[^ ]+| ")  # a word with the space before it, or a further space
+
+
+def join_words(words):
+    """A Counter of words -> their bytes as tokens, all in one array, and their weights.
+
+    The words stand between borders, as in |low|lower|slow|. The weight of a token is the
+    number of times that its word occurs.
+    """
+    spelled = [word.encode() + b"\xff" for word in words]
+    joined = np.frombuffer(b"\xff" + b"".join(spelled), np.uint8)
+    weights = np.repeat([0, *words.values()], [1, *map(len, spelled)])
+    return joined.astype(np.int64) + FIRST_SYMBOL_ID, weights
 
 
 class Tokenizer:
@@ -831,18 +849,13 @@ class Tokenizer:
                 f"vocab_size must be at least {FIRST_MERGE_ID}: {vocab_size}"
             )
         words = collections.Counter(w for text in texts for w in WORD.findall(text))
-        # All different words in one array, as in |low|lower|slow|, with a byte that no
-        # UTF-8 contains for a border. The weight of a token is the number of times that
-        # its word occurs.
-        spelled = [word.encode() + b"\xff" for word in words]
-        tokens = np.frombuffer(b"\xff" + b"".join(spelled), np.uint8).astype(np.int64)
-        tokens, border = tokens + FIRST_SYMBOL_ID, 0xFF + FIRST_SYMBOL_ID
-        weights = np.repeat([0, *words.values()], [1, *map(len, spelled)])
+        tokens, weights = join_words(words)
+        # Every new count of a pair is one more entry of the queue; old ones stay in it.
         counts, queue = collections.Counter(), []
 
         def count(at, sign):
             """Adds the pairs that begin at these places to the counts, or takes them off."""
-            at = at[(tokens[at] != border) & (tokens[at + 1] != border)]
+            at = at[(tokens[at] != BORDER) & (tokens[at + 1] != BORDER)]
             pairs = tokens[at] * vocab_size + tokens[at + 1]  # each as one number
             pairs, inverse = np.unique(pairs, return_inverse=True)
             totals = np.bincount(inverse, sign * weights[at], len(pairs)).astype(int)
@@ -855,14 +868,15 @@ class Tokenizer:
         while queue and FIRST_MERGE_ID + len(merges) < vocab_size:
             negative_count, pair = heapq.heappop(queue)
             if -negative_count != counts[pair] or counts[pair] < 2:
-                continue  # The pair is too rare, or its newer entry comes later.
+                continue  # This is an old entry, or the pair is too rare.
             left, right = divmod(pair, vocab_size)
             at = np.flatnonzero((tokens[:-1] == left) & (tokens[1:] == right))
             if left == right:  # Of three in a row the first two merge.
                 runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
                 at = np.concatenate([run[::2] for run in runs])
             # If b c becomes X in |b c b c|, then `at` is [1, 3], and the pairs at 0 to 4 are
-            # taken off. In |X X| it is [1, 2], and the pairs at 0 to 2 are added.
+            # taken off. In |X X| it is [1, 2], and the pairs at 0 to 2 are added. With the
+            # borders, at - 1 and at + 1 are always in the array.
             count(np.unique([at - 1, at, at + 1]), -1)
             tokens[at] = FIRST_MERGE_ID + len(merges)
             tokens, weights = np.delete(tokens, at + 1), np.delete(weights, at + 1)
@@ -1046,13 +1060,13 @@ def is_running(process):
         return True
     except ProcessLookupError:
         return False
-    return process != os.getpid()
+    return process != os.getpid()  # This one has only just begun to save.
 
 
 def remove_leftovers(path):
     """Removes the temporary files of processes that were killed while they saved."""
     for file in glob.glob(f"{glob.escape(path)}.*.tmp"):
-        with contextlib.suppress(ValueError, OverflowError, OSError):  # not such a file
+        with contextlib.suppress(ValueError, OverflowError, OSError):  # not one of ours
             beginning = read_file(file)[
                 : len(FORMAT)
             ]  # or less, if it was killed there
@@ -1237,17 +1251,19 @@ def translate(args):
         raise InputError(f"{args.checkpoint}: not a model that translates: {problem}")
     if args.bf16:
         config = dataclasses.replace(config, dtype="bfloat16")
-    model, params, status = Transformer(config), jax.device_put(state["params"]), 0
-    lines, chunk_size = map(os.fsencode, args.translate), 1024
-    if not args.translate:
-        lines = getattr(sys.stdin, "buffer", None)
-        if lines is None:
-            raise InputError("--translate: there is no stdin")
-        if sys.stdin.isatty():
-            lines, chunk_size = typed_lines(), 1
+    model, params = Transformer(config), jax.device_put(state["params"])
+    chunk_size, status = 1024, 0
+    if args.translate:
+        lines = map(os.fsencode, args.translate)
+    elif not hasattr(sys.stdin, "buffer"):
+        raise InputError("--translate: there is no stdin")
+    elif sys.stdin.isatty():
+        lines, chunk_size = typed_lines(), 1
+    else:
+        lines = sys.stdin.buffer
     numbered = enumerate(lines, 1)
     while chunk := list(itertools.islice(numbered, chunk_size)):
-        sources = dict.fromkeys(number for number, _ in chunk)
+        sources = dict.fromkeys(number for number, _ in chunk)  # None for a bad line
         for number, line in chunk:
             try:
                 source = tokenizer.encode(decode_line(line, f"line {number}"))
@@ -1271,7 +1287,8 @@ def translate(args):
 
 # ---- 14 A training run ---------------------------------------------------------------
 
-# A checkpoint keeps all options but the OTHER ones. The FREE ones may change afterwards.
+# A checkpoint keeps all options but the OTHER ones. When a run is continued, the FREE
+# ones of them may differ.
 OTHER = ["pairs", "valid", "checkpoint", "translate", "attention", "beam_size"]
 OTHER += ["distributed"]
 FREE = ["steps", "learning_rate", "dropout", "label_smoothing", "bf16"]
@@ -1293,8 +1310,8 @@ class Run:
 def choose_pairs(args, old_notes):
     """Returns the pairs of texts to train on and those to measure on.
 
-    A checkpoint, whose notes these are, keeps its own to measure on: whatever has become
-    of the file since, nothing with one of their sources is trained on.
+    A run that is continued goes on measuring on the pairs in its old notes, and trains on
+    none of their sources, whatever has become of the file.
     """
     if args.pairs:
         pairs = read_pairs(args.pairs)
@@ -1351,7 +1368,7 @@ def begin(args, old=None):
         d_ff=4 * args.d_model,
         dropout_rate=args.dropout,
         max_len=args.max_len + 1,  # with EOS, or BOS
-        norm_first=not args.post_norm,
+        norm_first=not args.post_norm,  # see section 15 for these defaults
         dtype="bfloat16" if args.bf16 else "float32",
     )
     optimizer = optax.adam(make_schedule(args), b1=0.9, b2=0.98, eps=1e-9)
@@ -1410,11 +1427,11 @@ def show_model(config, params, mesh):
 
 def evaluate(run, num_shown, file=None):
     """Prints the score on unseen pairs, and some of them; returns their loss and their
-    outputs. Of several processes, the first does it, and alone.
+    outputs. Of several processes, the first does it, on one device.
     """
     if jax.process_index() != 0:
         return np.nan, []
-    state = jax.device_get(run.state.replace(opt_state=()))
+    state = jax.device_get(run.state.replace(opt_state=()))  # without Adam's averages
     state = jax.device_put(state, jax.local_devices()[0])
     pairs, max_len = run.valid_pairs, run.model.config.max_len
     total = count = 0
@@ -1437,8 +1454,8 @@ def evaluate(run, num_shown, file=None):
 
 
 def save(run, loss):
-    """Saves a checkpoint, unless its model is worse than guessing evenly, with a loss
-    above ln V, and the one in the file is not.
+    """Saves a checkpoint, but never a model worse than an even guess, with a loss above
+    ln V, in place of one that is no worse than that.
     """
     even_guess = np.log(run.model.config.tgt_vocab_size)
     if loss > even_guess and run.notes["loss"] <= even_guess:
@@ -1456,7 +1473,7 @@ def saved_so_far(path):
     """Says which step the checkpoint holds, as the end of a sentence."""
     try:
         return f"; {path} holds step {load_checkpoint(path).state['step']}"
-    except (InputError, TypeError):  # there is no such file, or no name
+    except (InputError, TypeError):  # no such file, or `path` is None
         return ", and nothing is saved"
 
 
@@ -1472,9 +1489,9 @@ def train_for(run, num_steps, batches, sharding):
             name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
             for name, x in batch.items()
         }
-        # While the device does one step, this prepares the batch of the next. It goes
-        # no further ahead: then processes on CPUs would block each other.
-        jax.block_until_ready(metrics)
+        # While the device does one step, this prepares the batch of the next, and then
+        # waits. With more steps under way, processes on CPUs would block each other.
+        jax.block_until_ready(metrics)  # of the step before
         run.state, metrics = train_step(run.state, batch, run.args.label_smoothing)
         if time.perf_counter() - start > 60:
             break
@@ -1524,8 +1541,8 @@ def train(args):
         resume(run, old)
     else:
         run = begin(args)
-        try:  # That it can be saved has to be known before training.
-            save(run, np.inf)
+        try:  # That it can be saved has to be known before training. As nothing has
+            save(run, np.inf)  # been saved yet, any loss will do.
         except RunError as error:
             raise InputError(error) from None
     show_model(run.model.config, run.state.params, mesh)
@@ -1625,7 +1642,9 @@ def parse_arguments(argv):
         text = f"{meaning} (default {default})"
         add(flag(name), type=partial(parse_number, kind), metavar="N", help=text)
     argv = list(sys.argv[1:] if argv is None else argv)
-    if "--translate" in argv:  # argparse would take a text with a dash for an option.
+    if "--translate" in argv:
+        # argparse takes a text that begins with a dash for an option, but not if there
+        # is a NUL before it. Two dashes remain an option.
         texts = argv.index("--translate") + 1
         argv[texts:] = [re.sub("^-(?!-)", "\0-", text) for text in argv[texts:]]
     args = parser.parse_args(argv)
@@ -1693,7 +1712,8 @@ def main(argv=None):
     such as a loss that is no longer finite.
     """
     if sys.stdout is None or sys.stderr is None:
-        print("error: stdout or stderr is closed", file=sys.stderr)  # or to stdout
+        # If stderr is the one, this goes to stdout.
+        print("error: stdout or stderr is closed", file=sys.stderr)
         return 1
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # A notebook's streams have no encoding.
