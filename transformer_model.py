@@ -1001,7 +1001,7 @@ def batches_by_width(rows, max_width, batch_size, rng=None):
 
     A row is a tuple of lists of tokens, such as a pair. Its width has room for EOS and
     for the longest of them; it is 8, 16, 32, ... or `max_width`. `rng` shuffles rows
-    and batches, and leaves out as many rows as fill no batch.
+    and batches, and leaves out the rows that are left over after the last full batch.
 
     Returns a list of (numbers of the rows, width), one entry a batch.
 
@@ -1009,7 +1009,8 @@ def batches_by_width(rows, max_width, batch_size, rng=None):
     [(array([0, 3]), 8), (array([2, 1]), 32)]
     """
     lengths = np.array([max(map(len, row)) + 1 for row in rows])
-    least = 8 if max_width > 16 else max_width  # Up to 16, one shape is enough.
+    # Where all rows are short, a second shape would not be worth its compilation.
+    least = 8 if max_width > 16 else max_width
     widths = np.minimum(2 ** np.ceil(np.log2(np.maximum(lengths, least))), max_width)
     order = np.arange(len(rows))
     if rng is not None:
@@ -1454,8 +1455,8 @@ def evaluate(run, num_shown, file=None):
 
 
 def save(run, loss):
-    """Saves a checkpoint, but never a model worse than an even guess, with a loss above
-    ln V, in place of one that is no worse than that.
+    """Saves a checkpoint. A model worse than an even guess (loss above ln V) does not
+    replace one that is better than that. The loss is finite, or inf before training.
     """
     even_guess = np.log(run.model.config.tgt_vocab_size)
     if loss > even_guess and run.notes["loss"] <= even_guess:
@@ -1493,6 +1494,8 @@ def train_for(run, num_steps, batches, sharding):
         # waits. With more steps under way, processes on CPUs would block each other.
         jax.block_until_ready(metrics)  # of the step before
         run.state, metrics = train_step(run.state, batch, run.args.label_smoothing)
+        # Several processes may pause here after different steps. It does not matter: all
+        # of them do the same steps, one after the other.
         if time.perf_counter() - start > 60:
             break
     step = int(run.state.step)
@@ -1541,8 +1544,8 @@ def train(args):
         resume(run, old)
     else:
         run = begin(args)
-        try:  # That it can be saved has to be known before training. As nothing has
-            save(run, np.inf)  # been saved yet, any loss will do.
+        try:  # Saving has to be tried before training. The notes' loss is inf as well.
+            save(run, np.inf)
         except RunError as error:
             raise InputError(error) from None
     show_model(run.model.config, run.state.params, mesh)
@@ -1596,8 +1599,9 @@ NUMBERS = {
     "vocab_size": ("vocab", 259, 500, "tokens: subwords; 259 is bytes"),
     "beam_size": ("beam", 1, 1, "hypotheses of the search; 1 is greedy"),
 }
-# These options need --pairs; and with --translate, only these mean something.
+# The options that mean nothing without --pairs.
 NEED_PAIRS = "valid", "vocab_size", "label_smoothing"
+# The only options that mean something with --translate.
 FOR_TRANSLATION = "translate", "checkpoint", "attention", "beam_size", "bf16"
 
 
@@ -1616,10 +1620,18 @@ def parse_number(kind, text):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but an error is one line: its own prints the usage, and exits."""
+    """An ArgumentParser that raises its errors, which `main` prints in one line."""
 
     def error(self, message):
         raise InputError(message)
+
+
+def hide_dashes(argv):
+    """Puts a NUL before each text after --translate that begins with a dash: argparse
+    would take it for an option. What begins with two dashes remains an option.
+    """
+    texts = argv.index("--translate") if "--translate" in argv else len(argv)
+    return [*argv[:texts], *(re.sub("^-(?!-)", "\0-", x) for x in argv[texts:])]
 
 
 def parse_arguments(argv):
@@ -1641,12 +1653,7 @@ def parse_arguments(argv):
         default = demo if demo == pairs else f"{demo}, with --pairs {pairs}"
         text = f"{meaning} (default {default})"
         add(flag(name), type=partial(parse_number, kind), metavar="N", help=text)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if "--translate" in argv:
-        # argparse takes a text that begins with a dash for an option, but not if there
-        # is a NUL before it. Two dashes remain an option.
-        texts = argv.index("--translate") + 1
-        argv[texts:] = [re.sub("^-(?!-)", "\0-", text) for text in argv[texts:]]
+    argv = hide_dashes(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     if args.translate is not None:
         args.translate = [text.removeprefix("\0") for text in args.translate]
@@ -1682,7 +1689,7 @@ def start_jax(is_distributed):
         if is_distributed:
             job = {k: int(os.environ[v]) for k, v in names.items() if v in os.environ}
             with contextlib.suppress(AttributeError):  # unknown to older versions
-                # Its handler would keep SIGTERM from ending a process.
+                # This service would keep SIGTERM from ending a process.
                 jax.config.update("jax_enable_preemption_service", False)
             jax.distributed.initialize(**job)
         jax.devices()
@@ -1718,7 +1725,7 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # A notebook's streams have no encoding.
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    args = argparse.Namespace(translate=None, checkpoint=None)
+    args = argparse.Namespace(translate=None, checkpoint=None)  # until they are parsed
     try:
         args = parse_arguments(argv)
         start_jax(args.distributed)
