@@ -1344,17 +1344,17 @@ def make_schedule(args):
 
 def begin(args, old=None):
     """Returns the Run that the options ask for, new or from the old Checkpoint."""
-    train, valid = choose_pairs(args, old and old.notes)
+    train_texts, valid_texts = choose_pairs(args, old and old.notes)
     if old:
         tokenizer = old.tokenizer
     else:
-        tokenizer = Tokenizer.learn(itertools.chain(*train), args.vocab_size)
-    train_pairs = encode_pairs(train, tokenizer, args.max_len)
-    valid_pairs = encode_pairs(valid, tokenizer, args.max_len)
+        tokenizer = Tokenizer.learn(itertools.chain(*train_texts), args.vocab_size)
+    train_pairs = encode_pairs(train_texts, tokenizer, args.max_len)
+    valid_pairs = encode_pairs(valid_texts, tokenizer, args.max_len)
     file, limit = args.pairs or "the demo", f"--max-len {args.max_len} tokens"
     if not valid_pairs:
         raise InputError(f"{args.valid or file}: no pair to measure on within {limit}")
-    total = len(train) + len(valid)
+    total = len(train_texts) + len(valid_texts)
     if num_long := total - len(train_pairs) - len(valid_pairs):
         log(f"left out {num_long:,} of {total:,} pairs, longer than {limit}")
     if args.batch_size > len(train_pairs):
@@ -1378,7 +1378,7 @@ def begin(args, old=None):
     notes = {
         "options": {"task": "pairs" if args.pairs else "reversal", **options},
         "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
-        "valid_pairs": [list(pair) for pair in valid],
+        "valid_pairs": [list(pair) for pair in valid_texts],
         "digest": hashlib.sha256(repr(train_pairs).encode()).hexdigest(),
         "loss": np.inf,  # of the model that the checkpoint holds
     }

@@ -379,7 +379,7 @@ def test_examples_of_the_docstrings():
 def drawn_parameters():
     """The tree in Transformer's docstring: paths of two blocks' arrays -> shapes."""
     size = {"V": VOCAB, "D": TINY.d_model, "F": TINY.d_ff}
-    drawing = tm.Transformer.__doc__.split("like that of the parameters:\n\n")[1]
+    drawing = tm.Transformer.__doc__.split("one of the parameters:\n\n")[1]
     found, parents = {}, []  # parents: (indentation, paths)
     for line in drawing.split("\n\n")[0].splitlines():
         indentation = len(line) - len(line.lstrip())
