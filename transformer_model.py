@@ -598,7 +598,8 @@ def create_train_state(config, key, optimizer=None):
     tokens = jnp.full((1, 1), BOS_ID)
     params = jax.jit(model.init)(params_key, tokens, tokens)["params"]
     return TrainState(
-        step=jnp.zeros((), jnp.int32),  # An int would be compiled once, and this later.
+        # Not the int 0: after a step it is an array, and would be compiled for again.
+        step=jnp.zeros((), jnp.int32),
         apply_fn=model.apply,
         params=params,
         tx=optimizer,
@@ -1061,16 +1062,15 @@ def is_running(process):
         return True
     except ProcessLookupError:
         return False
-    return process != os.getpid()  # This one has only just begun to save.
+    return process != os.getpid()  # That is this process, which has not written yet.
 
 
 def remove_leftovers(path):
     """Removes the temporary files of processes that were killed while they saved."""
     for file in glob.glob(f"{glob.escape(path)}.*.tmp"):
         with contextlib.suppress(ValueError, OverflowError, OSError):  # not one of ours
-            beginning = read_file(file)[
-                : len(FORMAT)
-            ]  # or less, if it was killed there
+            # It holds less than FORMAT if the process was killed while writing that.
+            beginning = read_file(file)[: len(FORMAT)]
             is_checkpoint = beginning == FORMAT[: len(beginning)]
             if is_checkpoint and not is_running(int(file.split(".")[-2])):
                 os.remove(file)
@@ -1584,7 +1584,8 @@ KINDS = {
 }
 # Options that take a number: kind, default of the demo, default with --pairs, meaning.
 # They are not the paper's, whose models are large and learn for days on eight GPUs:
-# these are to learn in minutes, and pre-norm with a high learning rate does it sooner.
+# these are to learn in minutes, at a high rate, which pre-norm bears with little warm-up
+# (Xiong et al., 2020).
 NUMBERS = {
     "steps": ("size", 1000, 11000, "training steps in all"),
     "batch_size": ("size", 64, 128, "pairs in a step, on all devices together"),
