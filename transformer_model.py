@@ -35,10 +35,10 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
-import heapq
 import itertools
 import os
 import re
+import secrets
 import sys
 import time
 from functools import partial
@@ -733,13 +733,14 @@ def best_continuations(log_p, ended, next_log_p):
       that each of them continues; token, int [W], what it adds to that.
     """
     beam_size, vocab_size = next_log_p.shape
-    # The only continuation of a hypothesis that has ended is PAD, at no cost. That ranks
-    # as inf, so that a finished hypothesis is never lost. Everything else that is -inf
-    # stays so: its other tokens, and all tokens in a place without a hypothesis. (NaN
-    # ranks higher still, and so shows in the scores.)
-    pad_alone = jnp.where(jnp.arange(vocab_size) == PAD_ID, 0, -jnp.inf)
+    # A hypothesis that has ended has one continuation, PAD, which costs nothing.
+    is_pad = jnp.arange(vocab_size) == PAD_ID
+    pad_alone = jnp.where(is_pad, 0, -jnp.inf)
     total = log_p[:, None] + jnp.where(ended[:, None], pad_alone, next_log_p)  # [W, V]
-    rank = jnp.where(ended[:, None] & (total > -jnp.inf), jnp.inf, total)
+    # It keeps its place: its continuation ranks first, whatever the others' log_p. (NaN
+    # ranks higher still, and so shows in the scores.)
+    is_kept = ended & (log_p > -jnp.inf)
+    rank = jnp.where(is_kept[:, None] & is_pad, jnp.inf, total)
     _, best = jax.lax.top_k(rank.ravel(), beam_size)  # numbers from 0 to W * V - 1
     return total.ravel()[best], best // vocab_size, best % vocab_size
 
@@ -797,21 +798,15 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 
 # ---- 10 Text -------------------------------------------------------------------------
 
-FIRST_MERGE_ID = FIRST_SYMBOL_ID + 256  # The tokens before it are the 256 bytes.
-BORDER = FIRST_SYMBOL_ID + 0xFF  # a byte that no UTF-8 contains
+FIRST_MERGE_ID = FIRST_SYMBOL_ID + 256  # The symbols before it are the 256 bytes.
 WORD = re.compile(r" ?[^ ]+| ")  # a word with the space before it, or a further space
 
 
-def join_words(words):
-    """A Counter of words -> their bytes as tokens, all in one array, and their weights.
-
-    The words stand between borders, as in |low|lower|slow|. The weight of a token is the
-    number of times that its word occurs.
+def spell(word):
+    """A word as a str of tokens, at first its bytes: chr(token) stands for a token, so
+    that str's own methods find and replace pairs of tokens.
     """
-    spelled = [word.encode() + b"\xff" for word in words]
-    joined = np.frombuffer(b"\xff" + b"".join(spelled), np.uint8)
-    weights = np.repeat([0, *words.values()], [1, *map(len, spelled)])
-    return joined.astype(np.int64) + FIRST_SYMBOL_ID, weights
+    return "".join(chr(byte + FIRST_SYMBOL_ID) for byte in word.encode())
 
 
 class Tokenizer:
@@ -832,12 +827,13 @@ class Tokenizer:
         self.merges = [(int(left), int(right)) for left, right in merges]
         self.bytes_of = dict.fromkeys((PAD_ID, BOS_ID, EOS_ID), b"")
         self.bytes_of |= {b + FIRST_SYMBOL_ID: bytes([b]) for b in range(256)}
+        self.token_of = {}  # the pairs that merge, as str, and what they become
         for token, (left, right) in enumerate(self.merges, FIRST_MERGE_ID):
             if not FIRST_SYMBOL_ID <= min(left, right) <= max(left, right) < token:
                 raise InputError(f"{left} and {right} cannot merge into token {token}")
             self.bytes_of[token] = self.bytes_of[left] + self.bytes_of[right]
+            self.token_of[chr(left), chr(right)] = chr(token)
         self.vocab_size = len(self.bytes_of)
-        self.token_of = {pair: i for i, pair in enumerate(self.merges, FIRST_MERGE_ID)}
         self.known_words = {}  # and their tokens
 
     @classmethod
@@ -846,62 +842,46 @@ class Tokenizer:
         pairs the one with the smaller tokens. Stops early when no pair occurs twice.
         """
         if vocab_size < FIRST_MERGE_ID:
-            raise InputError(
-                f"vocab_size must be at least {FIRST_MERGE_ID}: {vocab_size}"
-            )
+            least = f"vocab_size must be at least {FIRST_MERGE_ID}"
+            raise InputError(f"{least}, not {vocab_size}")
         words = collections.Counter(w for text in texts for w in WORD.findall(text))
-        tokens, weights = join_words(words)
-        # Every new count of a pair is one more entry of the queue; old ones stay in it.
-        counts, queue = collections.Counter(), []
+        spelled = {word: spell(word) for word in words}
+        counts, merges = collections.Counter(), []
+        words_with = collections.defaultdict(set)
 
-        def count(at, sign):
-            """Adds the pairs that begin at these places to the counts, or takes them off."""
-            at = at[(tokens[at] != BORDER) & (tokens[at + 1] != BORDER)]
-            pairs = tokens[at] * vocab_size + tokens[at + 1]  # each as one number
-            pairs, inverse = np.unique(pairs, return_inverse=True)
-            totals = np.bincount(inverse, sign * weights[at], len(pairs)).astype(int)
-            for pair, total in zip(pairs.tolist(), totals.tolist()):
-                counts[pair] += total
-                heapq.heappush(queue, (-counts[pair], pair))
+        def count(word, sign):
+            """Adds the pairs in a word to the counts, or takes them off."""
+            for pair in itertools.pairwise(spelled[word]):
+                counts[pair] += sign * words[word]
+                words_with[pair].add(word)
 
-        count(np.arange(len(tokens) - 1), 1)
-        merges = []
-        while queue and FIRST_MERGE_ID + len(merges) < vocab_size:
-            negative_count, pair = heapq.heappop(queue)
-            if -negative_count != counts[pair] or counts[pair] < 2:
-                continue  # This is an old entry, or the pair is too rare.
-            left, right = divmod(pair, vocab_size)
-            at = np.flatnonzero((tokens[:-1] == left) & (tokens[1:] == right))
-            if left == right:  # Of three in a row the first two merge.
-                runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
-                at = np.concatenate([run[::2] for run in runs])
-            # If b c becomes X in |b c b c|, then `at` is [1, 3], and the pairs at 0 to 4 are
-            # taken off. In |X X| it is [1, 2], and the pairs at 0 to 2 are added. With the
-            # borders, at - 1 and at + 1 are always in the array.
-            count(np.unique([at - 1, at, at + 1]), -1)
-            tokens[at] = FIRST_MERGE_ID + len(merges)
-            tokens, weights = np.delete(tokens, at + 1), np.delete(weights, at + 1)
-            at -= np.arange(len(at))
-            count(np.unique([at - 1, at]), 1)
-            merges.append((left, right))
+        for word in words:
+            count(word, 1)
+        while FIRST_MERGE_ID + len(merges) < vocab_size:
+            highest = max(counts.values(), default=0)
+            if highest < 2:
+                break
+            pair = min(pair for pair, number in counts.items() if number == highest)
+            token = chr(FIRST_MERGE_ID + len(merges))
+            for word in words_with.pop(pair):  # and some that had it once: no change
+                count(word, -1)
+                spelled[word] = spelled[word].replace("".join(pair), token)
+                count(word, 1)
+            merges.append(tuple(map(ord, pair)))
         return cls(merges)
 
     def encode(self, text):
         """str -> list of tokens, without special tokens. Earlier merges come first."""
-        encoded = []
+        tokens = []
         for word in WORD.findall(text):
             if word not in self.known_words:
-                tokens = [byte + FIRST_SYMBOL_ID for byte in word.encode()]
-                while possible := [
-                    (self.token_of[pair], i)
-                    for i, pair in enumerate(itertools.pairwise(tokens))
-                    if pair in self.token_of
-                ]:
-                    token, i = min(possible)  # the earliest merge, at its first place
-                    tokens[i : i + 2] = [token]
-                self.known_words[word] = tokens
-            encoded += self.known_words[word]
-        return encoded
+                spelled = spell(word)
+                while mergeable := self.token_of.keys() & itertools.pairwise(spelled):
+                    pair = min(mergeable, key=self.token_of.get)
+                    spelled = spelled.replace("".join(pair), self.token_of[pair])
+                self.known_words[word] = [*map(ord, spelled)]
+            tokens += self.known_words[word]
+        return tokens
 
     def decode(self, tokens):
         """Tokens up to EOS -> str; bytes that are no UTF-8 become U+FFFD."""
@@ -964,10 +944,9 @@ def read_pairs(path):
 
 
 def hold_out(pairs, limit, seed):
-    """Chooses at most `limit` pairs to measure on, source by source in random order.
-
-    No pair of a chosen source is trained on. So that few are lost to training, a source
-    with more pairs than `limit` is chosen last.
+    """Chooses at most `limit` pairs to measure on: all pairs of one source, then all of
+    the next, in random order. No pair of these sources is trained on; so that few are
+    lost to training, the sources with more pairs than `limit` come last.
     """
     counts = collections.Counter(source for source, _ in pairs)
     sources = list(counts)
@@ -1000,11 +979,11 @@ def to_batch(pairs, width):
 def batches_by_width(rows, max_width, batch_size, rng=None):
     """Groups rows of like length, for little padding and few shapes to compile.
 
-    A row is a tuple of lists of tokens, such as a pair. Its width has room for EOS and
-    for the longest of them; it is 8, 16, 32, ... or `max_width`. `rng` shuffles rows
-    and batches, and leaves out the rows that are left over after the last full batch.
+    A row is a tuple of lists of tokens, such as a pair. Its width has room for the
+    longest of them and EOS, and is 8, 16, 32, ... or `max_width`. `rng` shuffles rows
+    and batches, and leaves out rows so that all batches are full.
 
-    Returns a list of (numbers of the rows, width), one entry a batch.
+    Returns a list with (numbers of the rows, width) of each batch.
 
     >>> batches_by_width([([5] * n,) for n in (3, 30, 9, 4)], 128, batch_size=2)
     [(array([0, 3]), 8), (array([2, 1]), 32)]
@@ -1029,13 +1008,12 @@ def training_batches(pairs, max_width, batch_size, seed, start=0):
     They follow from these arguments alone, so that a run can be taken up again. There
     must be at least `batch_size` pairs.
     """
-
-    def all_epochs():
-        for epoch in itertools.count():
-            rng = np.random.default_rng([seed, epoch])
-            yield from batches_by_width(pairs, max_width, batch_size, rng)
-
-    for numbers, width in itertools.islice(all_epochs(), start, None):
+    epochs = (
+        batches_by_width(pairs, max_width, batch_size, np.random.default_rng([seed, n]))
+        for n in itertools.count()
+    )
+    batches = itertools.chain.from_iterable(epochs)
+    for numbers, width in itertools.islice(batches, start, None):
         yield to_batch([pairs[i] for i in numbers], width)
 
 
@@ -1054,28 +1032,6 @@ class Checkpoint(NamedTuple):
     tokenizer: Tokenizer  # of the notes' "merges"; without these, of bytes
 
 
-def is_running(process):
-    """Whether there is another process of this number on this machine."""
-    try:
-        os.kill(process, 0)  # does nothing, but fails if there is none
-    except PermissionError:  # somebody else's
-        return True
-    except ProcessLookupError:
-        return False
-    return process != os.getpid()  # That is this process, which has not written yet.
-
-
-def remove_leftovers(path):
-    """Removes the temporary files of processes that were killed while they saved."""
-    for file in glob.glob(f"{glob.escape(path)}.*.tmp"):
-        with contextlib.suppress(ValueError, OverflowError, OSError):  # not one of ours
-            # It holds less than FORMAT if the process was killed while writing that.
-            beginning = read_file(file)[: len(FORMAT)]
-            is_checkpoint = beginning == FORMAT[: len(beginning)]
-            if is_checkpoint and not is_running(int(file.split(".")[-2])):
-                os.remove(file)
-
-
 def save_checkpoint(path, config, state, **notes):
     """Writes all it takes to use a model, or to train it further, into one file.
 
@@ -1087,8 +1043,13 @@ def save_checkpoint(path, config, state, **notes):
     content = flax.serialization.msgpack_serialize(content)
     digest = hashlib.sha256(content).hexdigest()
     path = os.path.realpath(path)  # A symbolic link is to stay one.
-    remove_leftovers(path)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    # A process that was killed while it saved left its temporary file. Saving takes
+    # seconds: one that is an hour old is nobody's any more.
+    for old in glob.glob(f"{glob.escape(path)}.saving-{'[0-9a-f]' * 16}"):
+        with contextlib.suppress(OSError):
+            if time.time() - os.path.getmtime(old) > 3600:
+                os.remove(old)
+    temporary = f"{path}.saving-{secrets.token_hex(8)}"
     with open(temporary, "xb") as file:  # x: an error if there is such a file
         try:
             file.write(FORMAT + f"{VERSION}\n{digest}\n".encode() + content)
@@ -1168,34 +1129,30 @@ def log(text):
     say(text, sys.stderr)
 
 
-def decode_all(model, params, sources, beam_size, max_len=32):
+def decode_all(model, params, sources, beam_size):
     """Sources (lists of tokens), shorter than the model's `max_len` -> their outputs.
 
-    Most outputs are short, and attention over a long cache is slow. So all are decoded
-    to 32 tokens, and only those that have not ended by then to the model's `max_len`.
+    Most outputs are short, and attention over a long cache is slow. So every batch is
+    decoded to 32 tokens, and only if that does not end all of it to `max_len`.
     """
-    outputs, longest = {}, model.config.max_len
-    max_len = min(max_len, longest)
+    outputs, longest = [None] * len(sources), model.config.max_len
     for numbers, width in batches_by_width([(s,) for s in sources], longest, 64):
         # Every number of rows is compiled anew. Repeated rows make it a power of two.
         filled = np.resize(numbers, 2 ** (len(numbers) - 1).bit_length())
         src = pad([[*sources[i], EOS_ID] for i in filled], width)
-        if beam_size == 1:
-            tokens = greedy_decode(model, params, src, max_len)[:, None]
-        else:
-            tokens, _ = beam_search(model, params, src, max_len, beam_size)
+        for max_len in (min(32, longest), longest):
+            if beam_size == 1:
+                tokens = greedy_decode(model, params, src, max_len)[:, None]
+            else:
+                tokens, _ = beam_search(model, params, src, max_len, beam_size)
+            if has_ended(tokens).all():
+                break
+        tokens = np.asarray(tokens)
         if (tokens < 0).any():
             raise RunError("the model is of no use: its logits are NaN")
-        tokens = np.asarray(tokens)[: len(numbers)]  # without the repetitions
-        # A longer search gives the same if all hypotheses have ended, and only then.
-        done = has_ended(tokens).all(axis=1) | (max_len == longest)
-        best = zip(numbers, tokens[:, 0].tolist(), done)
-        outputs |= {i: output for i, output, is_done in best if is_done}
-    if unfinished := [i for i in range(len(sources)) if i not in outputs]:
-        again = [sources[i] for i in unfinished]
-        again = decode_all(model, params, again, beam_size, longest)
-        outputs |= dict(zip(unfinished, again))
-    return [outputs[i] for i in range(len(sources))]
+        for i, output in zip(numbers, tokens[:, 0].tolist()):  # the best hypotheses
+            outputs[i] = output
+    return outputs
 
 
 def one_line(text):
@@ -1234,15 +1191,6 @@ def show_attention(model, params, tokenizer, source, target):
         say(f"{name:>{margin}} {''.join(cells)}".rstrip())
 
 
-def typed_lines():
-    """Yields the lines (bytes) that are typed at a terminal, until Ctrl-D."""
-    while True:
-        print("> ", end="", file=sys.stderr, flush=True)
-        if not (line := sys.stdin.buffer.readline()):
-            return
-        yield line
-
-
 def translate(args):
     """Prints a translation per text; those that cannot be translated are empty lines."""
     config, state, _, tokenizer = load_checkpoint(args.checkpoint)
@@ -1253,46 +1201,49 @@ def translate(args):
     if args.bf16:
         config = dataclasses.replace(config, dtype="bfloat16")
     model, params = Transformer(config), jax.device_put(state["params"])
-    chunk_size, status = 1024, 0
+    is_typed, status = False, 0
     if args.translate:
         lines = map(os.fsencode, args.translate)
-    elif not hasattr(sys.stdin, "buffer"):
-        raise InputError("--translate: there is no stdin")
-    elif sys.stdin.isatty():
-        lines, chunk_size = typed_lines(), 1
+    elif hasattr(sys.stdin, "buffer"):
+        lines, is_typed = sys.stdin.buffer, sys.stdin.isatty()
     else:
-        lines = sys.stdin.buffer
+        raise InputError("--translate: there is no stdin")
     numbered = enumerate(lines, 1)
-    while chunk := list(itertools.islice(numbered, chunk_size)):
-        sources = dict.fromkeys(number for number, _ in chunk)  # None for a bad line
+    while True:
+        if is_typed:
+            print("> ", end="", file=sys.stderr, flush=True)
+        chunk = list(itertools.islice(numbered, 1 if is_typed else 1024))
+        if not chunk:
+            return status
+        sources = []  # lists of tokens, empty for a line that cannot be translated
         for number, line in chunk:
             try:
                 source = tokenizer.encode(decode_line(line, f"line {number}"))
                 if len(source) >= config.max_len:
                     limit = f"{len(source)} tokens, the most is {config.max_len - 1}"
                     raise InputError(f"line {number}: {limit}")
-                sources[number] = source
             except InputError as error:
                 log(f"error: {error}")
-                status = 2
-        texts = [source for source in sources.values() if source]
-        outputs = iter(decode_all(model, params, texts, args.beam_size))
-        for source in sources.values():
+                source, status = [], 2
+            sources.append(source)
+        outputs = iter(
+            decode_all(model, params, [s for s in sources if s], args.beam_size)
+        )
+        for source in sources:
             output = next(outputs) if source else []
             say(one_line(tokenizer.decode(output)))
             if source and args.attention:
                 output = list(itertools.takewhile(lambda t: t != EOS_ID, output))
                 show_attention(model, params, tokenizer, source, output)
-    return status
 
 
 # ---- 14 A training run ---------------------------------------------------------------
 
-# A checkpoint keeps all options but the OTHER ones. When a run is continued, the FREE
-# ones of them may differ.
-OTHER = ["pairs", "valid", "checkpoint", "translate", "attention", "beam_size"]
-OTHER += ["distributed"]
+# A run that is continued may be given other values of these options. All others are
+# kept in the checkpoint, and have to be the same.
 FREE = ["steps", "learning_rate", "dropout", "label_smoothing", "bf16"]
+FREE += ["pairs", "valid", "checkpoint", "translate", "attention", "beam_size"]
+FREE += ["distributed"]
 
 
 @dataclasses.dataclass
@@ -1308,24 +1259,24 @@ class Run:
     notes: dict  # those of its checkpoint
 
 
-def choose_pairs(args, old_notes):
+def choose_pairs(args, kept=None):
     """Returns the pairs of texts to train on and those to measure on.
 
-    A run that is continued goes on measuring on the pairs in its old notes, and trains on
-    none of their sources, whatever has become of the file.
+    A run that is continued has `kept` those to measure on. It trains on none of their
+    sources, whatever has become of the file.
     """
     if args.pairs:
         pairs = read_pairs(args.pairs)
         limit = min(500, max(1, len(pairs) // 10))
     else:
         pairs, limit = reversal_pairs(40_000, args.max_len, args.seed), 512
-    valid = read_pairs(args.valid) if args.valid else hold_out(pairs, limit, args.seed)
-    if old_notes:
-        kept = [tuple(pair) for pair in old_notes["valid_pairs"]]
-        if args.valid and valid != kept:
+    if args.valid:
+        valid = read_pairs(args.valid)
+        if valid != (kept or valid):
             problem = f"not the pairs that {args.checkpoint} was measured on"
             raise InputError(f"{args.valid}: {problem}")
-        valid = kept
+    else:
+        valid = kept or hold_out(pairs, limit, args.seed)
     held_out = {source for source, _ in valid}
     return [pair for pair in pairs if pair[0] not in held_out], valid
 
@@ -1342,9 +1293,28 @@ def make_schedule(args):
     return optax.warmup_cosine_decay_schedule(*rates, args.steps // 10, args.steps)
 
 
+def make_config(args, vocab_size):
+    """Returns the TransformerConfig that the options ask for."""
+    return TransformerConfig(
+        src_vocab_size=vocab_size,
+        tgt_vocab_size=vocab_size,
+        d_model=args.d_model,
+        num_heads=args.num_heads,
+        num_layers=args.num_layers,
+        d_ff=4 * args.d_model,
+        dropout_rate=args.dropout,
+        max_len=args.max_len + 1,  # with EOS, or BOS
+        norm_first=not args.post_norm,  # see section 15 for these defaults
+        dtype="bfloat16" if args.bf16 else "float32",
+    )
+
+
 def begin(args, old=None):
-    """Returns the Run that the options ask for, new or from the old Checkpoint."""
-    train_texts, valid_texts = choose_pairs(args, old and old.notes)
+    """Returns the Run that the options ask for, at step 0. `old` is the Checkpoint that
+    it will go on from, whose subwords and pairs to measure on it takes over.
+    """
+    kept = [tuple(pair) for pair in old.notes["valid_pairs"]] if old else None
+    train_texts, valid_texts = choose_pairs(args, kept)
     if old:
         tokenizer = old.tokenizer
     else:
@@ -1360,23 +1330,13 @@ def begin(args, old=None):
     if args.batch_size > len(train_pairs):
         of = f"{len(train_pairs)} of {total} pairs of {file}"
         raise InputError(f"--batch-size {args.batch_size}: only {of} are to train on")
-    config = TransformerConfig(
-        src_vocab_size=tokenizer.vocab_size,
-        tgt_vocab_size=tokenizer.vocab_size,
-        d_model=args.d_model,
-        num_heads=args.num_heads,
-        num_layers=args.num_layers,
-        d_ff=4 * args.d_model,
-        dropout_rate=args.dropout,
-        max_len=args.max_len + 1,  # with EOS, or BOS
-        norm_first=not args.post_norm,  # see section 15 for these defaults
-        dtype="bfloat16" if args.bf16 else "float32",
-    )
+    config = make_config(args, tokenizer.vocab_size)
     optimizer = optax.adam(make_schedule(args), b1=0.9, b2=0.98, eps=1e-9)
     state = create_train_state(config, jax.random.key(args.seed), optimizer)
-    options = {name: x for name, x in vars(args).items() if name not in OTHER}
+    task = {"task": "pairs" if args.pairs else "reversal"}
     notes = {
-        "options": {"task": "pairs" if args.pairs else "reversal", **options},
+        "options": task | {k: v for k, v in vars(args).items() if k not in FREE},
+        "steps": args.steps,
         "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
         "valid_pairs": [list(pair) for pair in valid_texts],
         "digest": hashlib.sha256(repr(train_pairs).encode()).hexdigest(),
@@ -1386,25 +1346,28 @@ def begin(args, old=None):
     return Run(args, tokenizer, train_pairs, valid_pairs, model, state, notes)
 
 
-def resume(run, old):
-    """Puts the content of the old Checkpoint into the run, if its options allow it."""
-    path, here, there = run.args.checkpoint, run.notes["options"], old.notes["options"]
-    changes = [name for name in here if here[name] != there.get(name)]
-    messages = [
-        f"{name} is {there.get(name)} there and {here[name]} here" for name in changes
-    ]
-    for name, message in zip(changes, messages):
-        if name not in FREE:
-            raise InputError(f"{path}: cannot continue: {message}")
+def resume(args, old):
+    """Returns the Run that goes on from the Checkpoint `old`, if the options allow it."""
+    path = args.checkpoint
+    kinds = {"options": dict, "valid_pairs": list, "digest": str}
+    for name, kind in (kinds | {"steps": int, "loss": float}).items():
+        if not isinstance(old.notes.get(name), kind):
+            raise InputError(f"{path}: cannot continue: no {name}")
+    run = begin(args, old)
+    here, there = run.notes["options"], old.notes["options"]
+    for name in here:
+        if here[name] != there.get(name):
+            change = f"{name} is {there.get(name)} there and {here[name]} here"
+            raise InputError(f"{path}: cannot continue: {change}")
     run.state = restore(path, run.state, old.state)
     run.notes["loss"] = old.notes["loss"]
     if run.notes["digest"] != old.notes["digest"]:
-        messages.append("the pairs to train on have changed since")
-    if "steps" in changes:
-        rate = float(make_schedule(run.args)(run.state.step))
-        messages.append(f"the learning rate goes on at {rate:.2g}")
-    for message in messages:
-        log(f"{path}: {message}")
+        log(f"{path}: the pairs to train on have changed since")
+    if args.steps != old.notes["steps"]:
+        rate = float(make_schedule(args)(run.state.step))
+        change = f"--steps was {old.notes['steps']} and is {args.steps}"
+        log(f"{path}: {change}: the learning rate goes on at {rate:.2g}")
+    return run
 
 
 def show_model(config, params, mesh):
@@ -1432,26 +1395,25 @@ def evaluate(run, num_shown, file=None):
     """
     if jax.process_index() != 0:
         return np.nan, []
-    state = jax.device_get(run.state.replace(opt_state=()))  # without Adam's averages
-    state = jax.device_put(state, jax.local_devices()[0])
-    pairs, max_len = run.valid_pairs, run.model.config.max_len
-    total = count = 0
-    for numbers, width in batches_by_width(pairs, max_len, batch_size=64):
+    state = run.state.replace(opt_state=())  # Adam's averages can stay where they are.
+    state = jax.device_put(jax.device_get(state), jax.local_devices()[0])
+    pairs, losses, num_labels = run.valid_pairs, [], []
+    for numbers, width in batches_by_width(pairs, run.model.config.max_len, 64):
         batch = to_batch([pairs[i] for i in numbers], width)
-        num_labels = (batch["tgt"][:, 1:] != PAD_ID).sum()
-        total += float(eval_step(state, batch)["loss"]) * num_labels
-        count += num_labels
+        losses.append(float(eval_step(state, batch)["loss"]))
+        num_labels.append((batch["tgt"][:, 1:] != PAD_ID).sum())
+    loss = np.average(losses, weights=num_labels)
     sources, targets = zip(*pairs)
     outputs = decode_all(run.model, state.params, sources, run.args.beam_size)
     texts = [map(run.tokenizer.decode, some) for some in (sources, targets, outputs)]
     rows = list(zip(*texts))
     right = sum(target == output for _, target, output in rows)
     share = f"{right} of {len(rows)} exactly right ({right / len(rows):.1%})"
-    say(f"unseen pairs: loss {total / count:.4f}, {share}", file)
+    say(f"unseen pairs: loss {loss:.4f}, {share}", file)
     for source, target, output in rows[:num_shown]:
         wrong = "" if output == target else f"   not {one_line(target)}"
         say(f"  {one_line(source)} -> {one_line(output)}{wrong}", file)
-    return total / count, outputs
+    return loss, outputs
 
 
 def save(run, loss):
@@ -1535,13 +1497,7 @@ def train(args):
         problem = f"cannot be shared out evenly among {mesh.size} devices"
         raise InputError(f"--batch-size {args.batch_size} {problem}")
     if args.checkpoint and os.path.exists(args.checkpoint):
-        old = load_checkpoint(args.checkpoint)
-        kinds = {"options": dict, "valid_pairs": list, "digest": str, "loss": float}
-        for name, kind in kinds.items():
-            if not isinstance(old.notes.get(name), kind):
-                raise InputError(f"{args.checkpoint}: cannot continue: no {name}")
-        run = begin(args, old)
-        resume(run, old)
+        run = resume(args, load_checkpoint(args.checkpoint))
     else:
         run = begin(args)
         try:  # Saving has to be tried before training. The notes' loss is inf as well.
@@ -1573,20 +1529,29 @@ def train(args):
 
 
 # ---- 15 Command line -----------------------------------------------------------------
+# ---- 15 Command line -----------------------------------------------------------------
 
 KINDS = {
+    "file": (str, "the name of a file", lambda text: text != ""),
     "size": (int, "an integer of at least 1", lambda n: 1 <= n < 2**31),
-    "vocab": (int, "an integer of at least 259", lambda n: 259 <= n < 2**31),
+    "vocab": (int, "an integer from 259 to 1000000", lambda n: 259 <= n <= 10**6),
     "beam": (int, "an integer from 1 to 1000", lambda n: 1 <= n <= 1000),
     "rate": (float, "a number above 0", lambda x: 0 < x < float("inf")),
     "share": (float, "a number from 0 to below 1", lambda x: 0 <= x < 1),
     "seed": (int, "an integer from 0 to 2^32 - 1", lambda n: 0 <= n < 2**32),
 }
-# Options that take a number: kind, default of the demo, default with --pairs, meaning.
-# They are not the paper's, whose models are large and learn for days on eight GPUs:
-# these are to learn in minutes, at a high rate, which pre-norm bears with little warm-up
-# (Xiong et al., 2020).
-NUMBERS = {
+# For each option: its kind, the default of the demo, the default with --pairs, and what
+# it means. The defaults are not the paper's, whose models are large and learn for days
+# on eight GPUs: these are to learn in minutes, at a high rate, which pre-norm bears with
+# little warm-up (Xiong et al., 2020).
+OPTIONS = {
+    "pairs": ("file", None, None, "learn from its lines, source<TAB>target"),
+    "valid": ("file", None, None, "measure on these pairs, not some of --pairs"),
+    "checkpoint": ("file", None, None, "save there, and continue from there"),
+    "attention": ("flag", False, False, "draw what a translation attended to"),
+    "post_norm": ("flag", False, False, "LayerNorm where the paper has it"),
+    "bf16": ("flag", False, False, "compute in bfloat16"),
+    "distributed": ("flag", False, False, "join a job of several processes"),
     "steps": ("size", 1000, 11000, "training steps in all"),
     "batch_size": ("size", 64, 128, "pairs in a step, on all devices together"),
     "learning_rate": ("rate", 3e-3, 3e-3, "its peak"),
@@ -1600,10 +1565,8 @@ NUMBERS = {
     "vocab_size": ("vocab", 259, 500, "tokens: subwords; 259 is bytes"),
     "beam_size": ("beam", 1, 1, "hypotheses of the search; 1 is greedy"),
 }
-# The options that mean nothing without --pairs.
 NEED_PAIRS = "valid", "vocab_size", "label_smoothing"
-# The only options that mean something with --translate.
-FOR_TRANSLATION = "translate", "checkpoint", "attention", "beam_size", "bf16"
+FOR_TRANSLATION = "checkpoint", "attention", "beam_size", "bf16"
 
 
 def flag(name):
@@ -1611,8 +1574,8 @@ def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def parse_number(kind, text):
-    """Returns the number that the text of an option stands for."""
+def parse_value(kind, text):
+    """Returns what the text after an option stands for."""
     convert, allowed, is_allowed = KINDS[kind]
     with contextlib.suppress(ValueError):
         if is_allowed(convert(text)):
@@ -1627,54 +1590,45 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def hide_dashes(argv):
-    """Puts a NUL before each text after --translate that begins with a dash: argparse
-    would take it for an option. What begins with two dashes remains an option.
-    """
-    texts = argv.index("--translate") if "--translate" in argv else len(argv)
-    return [*argv[:texts], *(re.sub("^-(?!-)", "\0-", x) for x in argv[texts:])]
-
-
 def parse_arguments(argv):
     """Returns the options, checked and complete."""
     description = "The Transformer. Without options, the demo: learns to reverse words."
-    parser = Parser(description=description, allow_abbrev=False)
-    add = parser.add_argument
-    add("--pairs", metavar="FILE", help="learn from its lines, source<TAB>target")
-    add("--valid", metavar="FILE", help="measure on these pairs, not some of --pairs")
-    add("--checkpoint", metavar="FILE", help="save there, and continue from there")
-    translate_help = "translate, and exit; without TEXT, the lines of stdin"
-    add("--translate", nargs="*", metavar="TEXT", help=translate_help)
-    flags = {"attention": "draw what each token of a translation attended to"}
-    flags |= {"post_norm": "LayerNorm where the paper has it", "bf16": "use bfloat16"}
-    flags |= {"distributed": "join a job of several processes"}
-    for name, text in flags.items():
-        add(flag(name), action="store_true", help=text)
-    for name, (kind, demo, pairs, meaning) in NUMBERS.items():
-        default = demo if demo == pairs else f"{demo}, with --pairs {pairs}"
-        text = f"{meaning} (default {default})"
-        add(flag(name), type=partial(parse_number, kind), metavar="N", help=text)
-    argv = hide_dashes(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(argv)
-    if args.translate is not None:
-        args.translate = [text.removeprefix("\0") for text in args.translate]
-    values = vars(args).items()
-    given = [name for name, value in values if value is not None and value is not False]
-    if args.translate is not None and args.checkpoint is None:
-        raise InputError("--translate needs --checkpoint FILE")
+    # With SUPPRESS, what is not given is not among the results.
+    parser = Parser(
+        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    text = "translate, and exit; without TEXT, the lines of stdin"
+    parser.add_argument("--translate", nargs="*", metavar="TEXT", help=text)
+    for name, (kind, demo, pairs, text) in OPTIONS.items():
+        if kind == "flag":
+            parser.add_argument(flag(name), action="store_true", help=text)
+            continue
+        if kind != "file":
+            default = demo if demo == pairs else f"{demo}, with --pairs {pairs}"
+            text = f"{text} (default {default})"
+        details = {"metavar": kind.upper(), "help": text}
+        parser.add_argument(flag(name), type=partial(parse_value, kind), **details)
+    argv = sys.argv[1:] if argv is None else argv
+    # The texts to translate are kept from the parser, which would take one that begins
+    # with a dash for an option. What begins with two dashes is one.
+    start = argv.index("--translate") + 1 if "--translate" in argv else len(argv)
+    texts = [*itertools.takewhile(lambda text: text[:2] != "--", argv[start:])]
+    given = vars(parser.parse_args([*argv[:start], *argv[start + len(texts) :]]))
+    is_translation, has_pairs = "translate" in given, "pairs" in given
     for name in given:
-        if getattr(args, name) == "":
-            raise InputError(f"{flag(name)} needs the name of a file")
-        if args.translate is not None and name not in FOR_TRANSLATION:
+        if is_translation and name not in ("translate", *FOR_TRANSLATION):
             raise InputError(f"{flag(name)} has no meaning with --translate")
-        if args.translate is None and name == "attention":
+        if not is_translation and name == "attention":
             raise InputError("--attention has no meaning without --translate")
-        if args.pairs is None and name in NEED_PAIRS:
+        if not has_pairs and name in NEED_PAIRS:
             raise InputError(f"{flag(name)} has no meaning without --pairs")
-    for name, (_, demo, pairs, _) in NUMBERS.items():
-        if name not in given:
-            setattr(args, name, demo if args.pairs is None else pairs)
-    if args.pairs is None and args.translate is None and args.max_len < 4:
+    defaults = {name: option[2 if has_pairs else 1] for name, option in OPTIONS.items()}
+    args = argparse.Namespace(**{"translate": None, **defaults, **given})
+    if is_translation:
+        args.translate += texts
+        if args.checkpoint is None:
+            raise InputError("--translate needs --checkpoint FILE")
+    elif not has_pairs and args.max_len < 4:
         raise InputError("--max-len must be at least 4 to reverse words")
     return args
 

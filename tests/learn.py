@@ -192,9 +192,7 @@ def main():
     add("--held-out", type=int, default=2000, metavar="N", help="pairs (default 2000)")
     add("--seed", type=int, default=0, metavar="N", help="of all (default 0)")
     args = parser.parse_args()
-    longest = tm.NUMBERS["max_len"][
-        2
-    ]  # in tokens, of which no byte needs more than one
+    longest = tm.OPTIONS["max_len"][2]  # in tokens; a byte needs no more than one
     pairs = tm.read_pairs(args.pairs)
     short = [p for p in pairs if max(len(text.encode()) for text in p) <= longest]
     held_out = tm.hold_out(short, args.held_out, args.seed)

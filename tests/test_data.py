@@ -4,8 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-import subprocess
-import sys
+import time
 
 import flax.serialization
 import jax
@@ -229,43 +228,33 @@ def test_link_stays_a_link_and_the_mode_is_kept(tmp_path):
     assert files_in(path.parent) == ["model"]
 
 
-def test_leftovers_of_dead_processes_alone_are_removed(tmp_path):
-    path, state = tmp_path / "model[1].x", trained_state()
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    living = os.getppid()
-    start = tm.FORMAT + b"2"
-    contents = {
-        f"model[1].x.{dead.pid}.tmp": start,  # the only leftover
-        f"model[1].x.{living}.tmp": start,  # perhaps being written
-        "model[1].x.old.tmp": start,
-        f"model[1].x.{dead.pid}.temp": start,
-        f"model1.x.{dead.pid}.tmp": start,
-        f"other.{dead.pid}.tmp": start,
+def test_only_old_leftovers_are_removed(tmp_path):
+    path, number = tmp_path / "model[1].x", "0123456789abcdef"
+    old, new = time.time() - 3700, time.time() - 3500
+    times = {
+        f"{path.name}.saving-{number}": old,  # the only leftover
+        f"{path.name}.saving-{number[::-1]}": new,  # perhaps being written
+        f"{path.name}.saving-my notes": old,
+        f"{path.name}.tmp": old,
+        f"model1.x.saving-{number}": old,
+        f"other.saving-{number}": old,
     }
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    tm.save_checkpoint(path, CONFIG, state)
-    expected = sorted([*contents, path.name])
-    expected.remove(f"model[1].x.{dead.pid}.tmp")
+    for name, written in times.items():
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, (written, written))
+    tm.save_checkpoint(path, CONFIG, trained_state())
+    expected = sorted([*times, path.name])
+    expected.remove(f"{path.name}.saving-{number}")
     assert files_in(tmp_path) == expected
-    # A file of the user's is not a leftover, whatever its name.
-    (tmp_path / f"model[1].x.{dead.pid}.tmp").write_bytes(b"my notes")
-    tm.save_checkpoint(path, CONFIG, state)
-    assert (tmp_path / f"model[1].x.{dead.pid}.tmp").read_bytes() == b"my notes"
 
 
-def test_a_file_of_the_users_is_not_overwritten(tmp_path):
-    path = tmp_path / "model"
-    mine = tmp_path / f"model.{os.getpid()}.tmp"
+def test_a_file_of_the_users_is_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.setattr(tm.secrets, "token_hex", lambda size: "0" * 2 * size)
+    path, mine = tmp_path / "model", tmp_path / f"model.saving-{'0' * 16}"
     mine.write_bytes(b"my notes")
     with pytest.raises(FileExistsError):
         tm.save_checkpoint(path, CONFIG, trained_state())
     assert mine.read_bytes() == b"my notes" and files_in(tmp_path) == [mine.name]
-    # What this process itself once left is not.
-    mine.write_bytes(tm.FORMAT)
-    tm.save_checkpoint(path, CONFIG, trained_state())
-    assert files_in(tmp_path) == ["model"]
 
 
 def test_damaged_checkpoints_are_told_apart(tmp_path):
