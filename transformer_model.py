@@ -1129,18 +1129,18 @@ def log(text):
     say(text, sys.stderr)
 
 
-def decode_all(model, params, sources, beam_size):
+def decode_all(model, params, sources, beam_size, short_len=32):
     """Sources (lists of tokens), shorter than the model's `max_len` -> their outputs.
 
     Most outputs are short, and attention over a long cache is slow. So every batch is
-    decoded to 32 tokens, and only if that does not end all of it to `max_len`.
+    decoded to `short_len` tokens, and once more to `max_len` if not all of it has ended.
     """
     outputs, longest = [None] * len(sources), model.config.max_len
     for numbers, width in batches_by_width([(s,) for s in sources], longest, 64):
         # Every number of rows is compiled anew. Repeated rows make it a power of two.
         filled = np.resize(numbers, 2 ** (len(numbers) - 1).bit_length())
         src = pad([[*sources[i], EOS_ID] for i in filled], width)
-        for max_len in (min(32, longest), longest):
+        for max_len in sorted({min(short_len, longest), longest}):
             if beam_size == 1:
                 tokens = greedy_decode(model, params, src, max_len)[:, None]
             else:
@@ -1239,11 +1239,9 @@ def translate(args):
 
 # ---- 14 A training run ---------------------------------------------------------------
 
-# A run that is continued may be given other values of these options. All others are
-# kept in the checkpoint, and have to be the same.
-FREE = ["steps", "learning_rate", "dropout", "label_smoothing", "bf16"]
-FREE += ["pairs", "valid", "checkpoint", "translate", "attention", "beam_size"]
-FREE += ["distributed"]
+# A run that is continued may be given other values of these options.
+FREE = ["steps", "learning_rate", "dropout", "label_smoothing", "bf16", "pairs"]
+FREE += ["valid", "checkpoint", "translate", "attention", "beam_size", "distributed"]
 
 
 @dataclasses.dataclass
@@ -1272,11 +1270,11 @@ def choose_pairs(args, kept=None):
         pairs, limit = reversal_pairs(40_000, args.max_len, args.seed), 512
     if args.valid:
         valid = read_pairs(args.valid)
-        if valid != (kept or valid):
-            problem = f"not the pairs that {args.checkpoint} was measured on"
-            raise InputError(f"{args.valid}: {problem}")
     else:
         valid = kept or hold_out(pairs, limit, args.seed)
+    if kept and valid != kept:
+        problem = f"not the pairs that {args.checkpoint} was measured on"
+        raise InputError(f"{args.valid}: {problem}")
     held_out = {source for source, _ in valid}
     return [pair for pair in pairs if pair[0] not in held_out], valid
 
@@ -1285,6 +1283,12 @@ def encode_pairs(pairs, tokenizer, max_len):
     """Pairs of texts -> pairs of lists of tokens, those of more than max_len left out."""
     encoded = [tuple(map(tokenizer.encode, pair)) for pair in pairs]
     return [pair for pair in encoded if max(map(len, pair)) <= max_len]
+
+
+def fixed_options(args):
+    """The options that have to be the same when a run is continued, and the task."""
+    options = {name: x for name, x in vars(args).items() if name not in FREE}
+    return options | {"task": "pairs" if args.pairs else "reversal"}
 
 
 def make_schedule(args):
@@ -1333,14 +1337,13 @@ def begin(args, old=None):
     config = make_config(args, tokenizer.vocab_size)
     optimizer = optax.adam(make_schedule(args), b1=0.9, b2=0.98, eps=1e-9)
     state = create_train_state(config, jax.random.key(args.seed), optimizer)
-    task = {"task": "pairs" if args.pairs else "reversal"}
     notes = {
-        "options": task | {k: v for k, v in vars(args).items() if k not in FREE},
+        "options": fixed_options(args),
         "steps": args.steps,
         "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
         "valid_pairs": [list(pair) for pair in valid_texts],
         "digest": hashlib.sha256(repr(train_pairs).encode()).hexdigest(),
-        "loss": np.inf,  # of the model that the checkpoint holds
+        "loss": np.inf,  # of the model that is saved; inf before training
     }
     model = Transformer(config)
     return Run(args, tokenizer, train_pairs, valid_pairs, model, state, notes)
@@ -1353,12 +1356,11 @@ def resume(args, old):
     for name, kind in (kinds | {"steps": int, "loss": float}).items():
         if not isinstance(old.notes.get(name), kind):
             raise InputError(f"{path}: cannot continue: no {name}")
-    run = begin(args, old)
-    here, there = run.notes["options"], old.notes["options"]
-    for name in here:
-        if here[name] != there.get(name):
-            change = f"{name} is {there.get(name)} there and {here[name]} here"
+    for name, here in fixed_options(args).items():
+        if (there := old.notes["options"].get(name)) != here:
+            change = f"{name} is {there} there and {here} here"
             raise InputError(f"{path}: cannot continue: {change}")
+    run = begin(args, old)
     run.state = restore(path, run.state, old.state)
     run.notes["loss"] = old.notes["loss"]
     if run.notes["digest"] != old.notes["digest"]:
@@ -1403,10 +1405,9 @@ def evaluate(run, num_shown, file=None):
         losses.append(float(eval_step(state, batch)["loss"]))
         num_labels.append((batch["tgt"][:, 1:] != PAD_ID).sum())
     loss = np.average(losses, weights=num_labels)
-    sources, targets = zip(*pairs)
+    sources, decode = [source for source, _ in pairs], run.tokenizer.decode
     outputs = decode_all(run.model, state.params, sources, run.args.beam_size)
-    texts = [map(run.tokenizer.decode, some) for some in (sources, targets, outputs)]
-    rows = list(zip(*texts))
+    rows = [(decode(s), decode(t), decode(o)) for (s, t), o in zip(pairs, outputs)]
     right = sum(target == output for _, target, output in rows)
     share = f"{right} of {len(rows)} exactly right ({right / len(rows):.1%})"
     say(f"unseen pairs: loss {loss:.4f}, {share}", file)
@@ -1417,11 +1418,11 @@ def evaluate(run, num_shown, file=None):
 
 
 def save(run, loss):
-    """Saves a checkpoint. A model worse than an even guess (loss above ln V) does not
-    replace one that is better than that. The loss is finite, or inf before training.
+    """Saves a checkpoint, if the options name one. A model that is worse than an even
+    guess among all tokens (loss above ln V) does not replace one that is better.
     """
     even_guess = np.log(run.model.config.tgt_vocab_size)
-    if loss > even_guess and run.notes["loss"] <= even_guess:
+    if loss > even_guess >= run.notes["loss"]:
         log(f"not saved: the loss is above {even_guess:.4f}, that of an even guess")
     elif run.args.checkpoint and jax.process_index() == 0:
         run.notes["loss"] = loss
@@ -1500,7 +1501,7 @@ def train(args):
         run = resume(args, load_checkpoint(args.checkpoint))
     else:
         run = begin(args)
-        try:  # Saving has to be tried before training. The notes' loss is inf as well.
+        try:  # If nothing can be written there, that is to be known before training.
             save(run, np.inf)
         except RunError as error:
             raise InputError(error) from None
@@ -1543,7 +1544,8 @@ KINDS = {
 # For each option: its kind, the default of the demo, the default with --pairs, and what
 # it means. The defaults are not the paper's, whose models are large and learn for days
 # on eight GPUs: these are to learn in minutes, at a high rate, which pre-norm bears with
-# little warm-up (Xiong et al., 2020).
+# little warm-up (Xiong et al., 2020), and without dropout, which slows learning and pays
+# when every pair is seen often.
 OPTIONS = {
     "pairs": ("file", None, None, "learn from its lines, source<TAB>target"),
     "valid": ("file", None, None, "measure on these pairs, not some of --pairs"),
@@ -1552,10 +1554,10 @@ OPTIONS = {
     "post_norm": ("flag", False, False, "LayerNorm where the paper has it"),
     "bf16": ("flag", False, False, "compute in bfloat16"),
     "distributed": ("flag", False, False, "join a job of several processes"),
-    "steps": ("size", 1000, 11000, "training steps in all"),
+    "steps": ("size", 1000, 9000, "training steps in all"),
     "batch_size": ("size", 64, 128, "pairs in a step, on all devices together"),
     "learning_rate": ("rate", 3e-3, 3e-3, "its peak"),
-    "dropout": ("share", 0.0, 0.1, "dropout rate"),
+    "dropout": ("share", 0.0, 0.0, "dropout rate"),
     "label_smoothing": ("share", 0.0, 0.1, "label smoothing"),
     "seed": ("seed", 0, 0, "of parameters, dropout and the order of the data"),
     "d_model": ("size", 64, 128, "width; the inner width is 4 times that"),

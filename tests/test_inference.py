@@ -318,7 +318,7 @@ def test_decoding_again_what_has_not_ended_changes_nothing(beam_size):
     lengths = set()
     for seed in SEEDS:
         job = *small_model(seed), sources, beam_size
-        short, whole = tm.decode_all(*job, max_len=2), tm.decode_all(*job, max_len=7)
+        short, whole = (tm.decode_all(*job, short_len=n) for n in (2, 7))
         for again, once in zip(short, whole):
             length = lengths_of(np.array(once))
             assert again[:length] == once[:length]
