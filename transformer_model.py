@@ -26,7 +26,8 @@ attention is allowed. `kv` names a pair: the keys and the values, both [B, H, L,
 import signal
 
 if __name__ == "__main__":
-    # The imports take seconds. In these, Ctrl-C is to end the program without a traceback.
+    # Until all is imported, Ctrl-C ends the program at once and without a traceback. The
+    # last lines of this file give it back to Python.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -92,21 +93,17 @@ class TransformerConfig:
                 value = getattr(self, name)
                 raise InputError(f"{name} must be {allowed}, not {value!r}")
 
-        # NumPy's numbers are fine as well, and an int where a float is meant.
-        numbers = {int: (int, np.integer), float: (int, float, np.floating)}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            is_type = isinstance(value, numbers.get(field.type, field.type))
-            if isinstance(value, bool):  # In Python, True and False are ints as well.
-                is_type = field.type is bool
-            require(field.name, is_type, f"of type {field.type.__name__}")
+            kinds = (int, float) if field.type is float else (field.type,)
+            require(field.name, type(value) in kinds, f"of type {kinds[-1].__name__}")
             if field.type is int:
                 # A vocabulary holds the three special tokens and at least one symbol.
                 least = FIRST_SYMBOL_ID + 1 if "vocab" in field.name else 1
                 require(field.name, value >= least, f"at least {least}")
         divides = self.d_model % self.num_heads == 0
-        require("d_model", divides, f"a multiple of {self.num_heads} (heads)")
-        require("d_model", self.d_model % 2 == 0, "even (sines and cosines)")
+        require("d_model", divides, f"a multiple of num_heads, {self.num_heads}")
+        require("d_model", self.d_model % 2 == 0, "even, for sines and cosines")
         require("dropout_rate", 0 <= self.dropout_rate < 1, "at least 0 and below 1")
         sizes = self.src_vocab_size, self.tgt_vocab_size
         can_share = not self.share_embeddings or sizes[0] == sizes[1]
@@ -198,7 +195,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # Where the mask is False the weights are 0, even if it is False in all of a row.
+    # A softmax over the keys where the mask is True. The weights of the others are 0, and
+    # so are all of them, not 0 / 0, where there is no such key.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -214,8 +212,9 @@ class Dense(nn.Module):
         xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
         kernel = self.param("kernel", xavier, (x.shape[-1], self.features))
         bias = self.param("bias", zeros, (self.features,))
-        rows = x.reshape(-1, x.shape[-1])  # makes it a product of two matrices,
-        y = rows @ kernel.astype(x.dtype) + bias.astype(x.dtype)  # faster on CPUs
+        # On CPUs, one product of two matrices is faster than B of them.
+        rows = x.reshape(-1, x.shape[-1])
+        y = rows @ kernel.astype(x.dtype) + bias.astype(x.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 
 
@@ -232,25 +231,17 @@ class MultiHeadAttention(nn.Module):
     config: TransformerConfig
 
     def setup(self):
-        self.query, self.key, self.value, self.output = (
-            Dense(self.config.d_model) for _ in range(4)
-        )
+        width = self.config.d_model
+        self.query, self.key = Dense(width), Dense(width)
+        self.value, self.output = Dense(width), Dense(width)
 
     def __call__(self, x, memory, mask=None):
         """x [B, T, D] attends to memory [B, S, D], both float -> [B, T, D]."""
         return self.attend(x, self.project_kv(memory), mask)
 
-    def project_kv(self, memory, cache=None, start=0):
-        """memory [B, S, D] -> its kv.
-
-        Decoding gives a cache, the kv of a longer memory (see `DecoderBlock`). It gets
-        that cache back, with the new kv written into it from position `start` on.
-        """
-        kv = self.split_heads(self.key(memory)), self.split_heads(self.value(memory))
-        if cache is None:
-            return kv
-        write = partial(jax.lax.dynamic_update_slice_in_dim, axis=2)  # the axis L
-        return tuple(write(old, new, start) for old, new in zip(cache, kv))
+    def project_kv(self, memory):
+        """memory [B, S, D] -> its kv, of length S."""
+        return self.split_heads(self.key(memory)), self.split_heads(self.value(memory))
 
     def attend(self, x, kv, mask=None):
         """x [B, T, D], kv of length S, mask broadcastable to [B, H, T, S] -> [B, T, D]."""
@@ -260,11 +251,7 @@ class MultiHeadAttention(nn.Module):
         return self.output(heads.swapaxes(1, 2).reshape(x.shape))  # concatenates
 
     def split_heads(self, x):
-        """x [B, L, D] -> [B, H, L, K].
-
-        Eq. 1 multiplies head by head and wants this layout. The cache is kept in it, too:
-        otherwise XLA would transpose the whole cache at every token.
-        """
+        """x [B, L, D] -> [B, H, L, K], in which Eq. 1 is a product for each head."""
         return x.reshape(*x.shape[:2], self.config.num_heads, -1).swapaxes(1, 2)
 
 
@@ -287,7 +274,9 @@ class FeedForward(nn.Module):
 
 
 def layer_norm(config):
-    """Layer normalisation with float32 statistics; epsilon as in the paper's code."""
+    """Layer normalisation, with the epsilon of the paper's code. Flax computes the mean
+    and the variance in float32, whatever the dtype of the result.
+    """
     return nn.LayerNorm(epsilon=1e-6, dtype=config.dtype)
 
 
@@ -331,8 +320,7 @@ class EncoderBlock(nn.Module):
         first, second = self.add_and_norm
 
         y = first.before(x)
-        y = self.self_attention(y, y, mask)
-        x = first.after(x, y)
+        x = first.after(x, self.self_attention(y, y, mask))
 
         return second.after(x, self.feed_forward(second.before(x)))
 
@@ -350,25 +338,29 @@ class DecoderBlock(nn.Module):
 
     def __call__(self, x, self_mask, memory_kv, memory_mask, cache=None, start=0):
         """In training, x is a whole target. In decoding it is one token, T = 1, and the
-        kv of the tokens before it is taken from the cache, not computed again.
+        kv of the tokens before it comes from a cache. That is laid out as attention
+        reads it, [B, H, L, K]: otherwise XLA would transpose all of it at every token.
 
         Args:
-          x: [B, T, D], at the positions from `start` on.
+          x: [B, T, D].
           self_mask: broadcastable to [B, H, T, T], with a cache to [B, H, T, L].
           memory_kv: cross_attention.project_kv(memory), of length S.
           memory_mask: broadcastable to [B, H, T, S].
-          cache: a kv of length L, filled up to `start`.
+          cache: a kv of length L, in which the positions before `start` are filled.
+          start: the position of the first token of x.
 
         Returns:
-          x after the block, [B, T, D], and the kv that x attended to in the self-
-          attention: its own, or the cache with its own written into it at `start`.
+          x after the block, [B, T, D], and the kv that the self-attention attended to:
+          that of x, or, if there is a cache, the cache with that of x written into it.
         """
         first, second, third = self.add_and_norm
 
         y = first.before(x)
-        kv = self.self_attention.project_kv(y, cache, start)
-        y = self.self_attention.attend(y, kv, self_mask)
-        x = first.after(x, y)
+        kv = self.self_attention.project_kv(y)
+        if cache is not None:
+            write = partial(jax.lax.dynamic_update_slice_in_dim, axis=2)  # the axis L
+            kv = tuple(write(old, new, start) for old, new in zip(cache, kv))
+        x = first.after(x, self.self_attention.attend(y, kv, self_mask))
 
         y = self.cross_attention.attend(second.before(x), memory_kv, memory_mask)
         x = second.after(x, y)
@@ -432,7 +424,8 @@ class Transformer(nn.Module):
         logits = model.apply(variables, src, tgt)
 
     With rngs={"dropout": key}, dropout is on. With mutable=["intermediates"], `apply`
-    returns all attention weights too, in a tree like this one of the parameters:
+    returns the attention weights as well, where the parameters have the attention that
+    they are of. The tree of the parameters:
 
         embedding                           [V, D]
         encoder
@@ -458,16 +451,15 @@ class Transformer(nn.Module):
         def matrix(name, rows, init=normal):
             return self.param(name, init, (rows, self.config.d_model))
 
-        src_size, tgt_size = self.config.src_vocab_size, self.config.tgt_vocab_size
         if self.config.share_embeddings:
-            shared = matrix("embedding", tgt_size)
+            shared = matrix("embedding", self.config.tgt_vocab_size)
             self.src_embedding = self.tgt_embedding = self.output = shared
         else:
-            self.src_embedding = matrix("src_embedding", src_size)
-            self.tgt_embedding = matrix("tgt_embedding", tgt_size)
+            self.src_embedding = matrix("src_embedding", self.config.src_vocab_size)
+            self.tgt_embedding = matrix("tgt_embedding", self.config.tgt_vocab_size)
             if self.config.head != "none":
                 xavier = nn.initializers.xavier_uniform()
-                self.output = matrix("output", tgt_size, xavier)
+                self.output = matrix("output", self.config.tgt_vocab_size, xavier)
         self.dropout = nn.Dropout(self.config.dropout_rate)
         self.encoder = Encoder(self.config)
         self.decoder = Decoder(self.config)
@@ -495,8 +487,8 @@ class Transformer(nn.Module):
         return [block.cross_attention.project_kv(memory) for block in blocks]
 
     def decode(self, tgt, self_mask, memory_kv, memory_mask, cache=None, start=0):
-        """Target tokens, int [B, T], at the positions from `start` on -> the logits for
-        the tokens after them, float32 [B, T, V], and the decoder's kv (see `Decoder`).
+        """Target tokens, int [B, T], the first at position `start` -> the logits for the
+        tokens after them, float32 [B, T, V], and the decoder's kv (see `Decoder`).
         """
         x = self.embed(self.tgt_embedding, tgt, start)
         x, kv = self.decoder(x, self_mask, memory_kv, memory_mask, cache, start)
@@ -508,13 +500,13 @@ class Transformer(nn.Module):
         return logits, kv
 
     def embed(self, embedding, tokens, start=0):
-        """int [B, L], at the positions from `start` on -> [B, L, D] (3.4 and 3.5)."""
+        """int [B, L], the first at position `start` -> [B, L, D] (3.4 and 3.5)."""
         check_tokens(tokens)
         max_len, d_model = self.config.max_len, self.config.d_model
         if tokens.shape[1] > max_len:
             raise ValueError(f"tokens {tokens.shape} [B, L]: L is above {max_len=}")
-        # jnp.take gives NaN beyond the last row. Unsigned, a negative token is beyond it,
-        # too, and does not count from the end.
+        # jnp.take gives NaN for a row beyond the last. A negative token would count from
+        # the end; made unsigned, it is a large number, and beyond the last row as well.
         x = jnp.take(embedding, tokens.astype("uint32"), axis=0) * d_model**0.5
         position = start + jnp.arange(tokens.shape[1])
         x = x + jnp.asarray(positional_encoding(max_len, d_model))[position]
@@ -528,8 +520,8 @@ class Transformer(nn.Module):
 def mean_over_labels(values, labels):
     """The mean of values [B, T] over the labels [B, T] that are not PAD; 0 without any.
 
-    Where a batch is split among devices (section 14), it is the mean over the labels of
-    all devices: jit takes both sums over the whole batch.
+    If several devices have a part of the batch each (section 14), jit makes both sums
+    those of the whole batch, so that each label counts alike, wherever it lies.
     """
     is_label = labels != PAD_ID
     return jnp.where(is_label, values, 0).sum() / jnp.maximum(is_label.sum(), 1)
@@ -548,7 +540,8 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
     if logits.shape[:-1] != labels.shape:
         got = f"{logits.shape} and {labels.shape}"
         raise ValueError(f"logits and labels must be [B, T, V] and [B, T], got {got}")
-    is_number = isinstance(label_smoothing, (int, float))  # jit gives what is not.
+    # A jitted caller may have made it an argument, which has no value yet.
+    is_number = isinstance(label_smoothing, (int, float))
     if is_number and not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be 0 to 1, not {label_smoothing}")
     vocab_size = logits.shape[-1]
@@ -598,7 +591,7 @@ def create_train_state(config, key, optimizer=None):
     tokens = jnp.full((1, 1), BOS_ID)
     params = jax.jit(model.init)(params_key, tokens, tokens)["params"]
     return TrainState(
-        # Not the int 0: after a step it is an array, and would be compiled for again.
+        # An array as after each step. train_step would be compiled twice for the int 0.
         step=jnp.zeros((), jnp.int32),
         apply_fn=model.apply,
         params=params,
@@ -649,16 +642,17 @@ def eval_step(state, batch):
 
 
 def start_decoding(model, params, src, max_len, beam_size=1):
-    """Does what comes before the first step; src is int [B, S].
+    """Encodes src, int [B, S], and returns what a search needs: a function and a cache.
 
-    Each source gets `beam_size` neighbouring rows in a batch of B * W targets.
+    A search decodes B * W targets side by side, each source's W = `beam_size` in
+    neighbouring rows. At each position it calls the function once:
 
-    Returns:
-      next_logits(tokens, position, cache) -> (logits, cache), one step. tokens, int
-        [B * W, max_len + 1], are those so far, BOS first, with PAD after `position`.
-        The logits, float32 [B * W, V], are for the token at position + 1.
-      cache: the first one, empty, with room for max_len tokens: BOS and all that follow
-        but the last, which is never attended to.
+        logits, cache = next_logits(tokens, position, cache)
+
+    tokens, int [B * W, max_len + 1], are BOS and those decoded so far, up to `position`,
+    and PAD behind them. The logits, float32 [B * W, V], are for the token at position +
+    1. The cache, at first empty, is a list with the kv of each decoder block. It has
+    room for max_len tokens, since nothing follows the last of the max_len + 1.
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -671,18 +665,16 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     memory_kv, memory_mask = jax.tree.map(repeat, (memory_kv, padding_mask(src)))
 
     def next_logits(tokens, position, cache):
-        # The one query may attend to all tokens so far. The others of the cache are not
-        # decoded yet, hence PAD and masked, so that no causal mask is needed.
+        # This mask needs no causal one beside it: what is behind `position` is PAD.
         self_mask = padding_mask(tokens[:, :max_len])
         last = tokens[:, position][:, None]  # [B * W, 1]
         inputs = last, self_mask, memory_kv, memory_mask, cache, position
         logits, cache = apply(*inputs, method="decode")
         return logits[:, 0], cache
 
-    def empty(x):  # [B * W, H, S, K] -> [B * W, H, max_len, K]
-        return jnp.zeros((*x.shape[:2], max_len, x.shape[3]), x.dtype)
-
-    return next_logits, jax.tree.map(empty, memory_kv)
+    num_rows, num_heads, _, width = memory_kv[0][0].shape  # [B * W, H, S, K]
+    empty = jnp.zeros((num_rows, num_heads, max_len, width), memory_kv[0][0].dtype)
+    return next_logits, [(empty, empty) for _ in memory_kv]
 
 
 def has_ended(tokens):
@@ -700,7 +692,8 @@ def is_unfinished(carry):
 
 @partial(jax.jit, static_argnames=("model", "max_len"))
 def greedy_decode(model, params, src, max_len):
-    """Takes the likeliest token at every step. That may be any token, PAD and BOS too.
+    """Takes the likeliest token at every step, whichever it is: a model that has learnt
+    from targets without PAD and BOS inside will hardly choose these.
 
     src int [B, S] -> int32 [B, max_len], without BOS, PAD after EOS. Where the model's
     logits are NaN, the tokens are -1.
@@ -721,7 +714,7 @@ def greedy_decode(model, params, src, max_len):
 
 
 def best_continuations(log_p, ended, next_log_p):
-    """Chooses the next W hypotheses of one source.
+    """Chooses the next W hypotheses of one source: the likeliest of all continuations.
 
     Args:
       log_p: float32 [W], of the hypotheses so far; -inf marks a place without one.
@@ -734,19 +727,14 @@ def best_continuations(log_p, ended, next_log_p):
     """
     beam_size, vocab_size = next_log_p.shape
     # A hypothesis that has ended has one continuation, PAD, which costs nothing.
-    is_pad = jnp.arange(vocab_size) == PAD_ID
-    pad_alone = jnp.where(is_pad, 0, -jnp.inf)
+    pad_alone = jnp.where(jnp.arange(vocab_size) == PAD_ID, 0, -jnp.inf)  # [V]
     total = log_p[:, None] + jnp.where(ended[:, None], pad_alone, next_log_p)  # [W, V]
-    # It keeps its place: its continuation ranks first, whatever the others' log_p. (NaN
-    # ranks higher still, and so shows in the scores.)
-    is_kept = ended & (log_p > -jnp.inf)
-    rank = jnp.where(is_kept[:, None] & is_pad, jnp.inf, total)
-    _, best = jax.lax.top_k(rank.ravel(), beam_size)  # numbers from 0 to W * V - 1
-    return total.ravel()[best], best // vocab_size, best % vocab_size
+    log_p, best = jax.lax.top_k(total.ravel(), beam_size)  # numbers 0 to W * V - 1
+    return log_p, best // vocab_size, best % vocab_size
 
 
 def length_penalty(tokens, alpha):
-    """((5 + length) / 6)^alpha: int [B, W, L] -> float32 [B, W]; EOS counts in length."""
+    """((5 + length) / 6)^alpha: int [..., L] -> float32 [...]; EOS counts in length."""
     length = jnp.argmax(tokens == EOS_ID, axis=-1) + 1
     length = jnp.where(has_ended(tokens), length, tokens.shape[-1])
     return ((5 + length) / 6) ** alpha
@@ -756,15 +744,14 @@ def length_penalty(tokens, alpha):
 def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     """Looks for the W = `beam_size` likeliest targets of each source (section 6.1).
 
-    A hypothesis that has ended in EOS keeps its place; at each step the likeliest
-    continuations of the others share the remaining places. `alpha` is the exponent of
-    the length penalty. src int [B, S] ->
+    At each step the W likeliest hypotheses of a source are kept, ended ones among them.
+    `alpha` is the exponent of the length penalty. src int [B, S] ->
 
       tokens: int32 [B, W, max_len], without BOS, PAD after EOS, best first.
       scores: float32 [B, W], log P / ((5 + length) / 6)^alpha; EOS counts in length.
-        -inf marks a place left empty, as there are fewer than W targets in all.
+        -inf marks a place left empty, where there are fewer than W different targets.
 
-    Where the model's logits are NaN, so are the scores, and the tokens are -1.
+    For a source whose logits are NaN, the scores are NaN as well, and the tokens are -1.
     """
     next_logits, cache = start_decoding(model, params, src, max_len, beam_size)
     batch_size = src.shape[0]
@@ -787,8 +774,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     tokens = tokens.at[:, :, 0].set(BOS_ID)
     # All hypotheses start out alike, so only the first may be continued.
     log_p = jnp.full((batch_size, beam_size), -jnp.inf).at[:, 0].set(0)
-    carry = jax.lax.while_loop(is_unfinished, step, (0, tokens, log_p, cache))
-    _, tokens, log_p, _ = carry
+    carry = 0, tokens, log_p, cache
+    _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, :, 1:]  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
@@ -799,12 +786,14 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 # ---- 10 Text -------------------------------------------------------------------------
 
 FIRST_MERGE_ID = FIRST_SYMBOL_ID + 256  # The symbols before it are the 256 bytes.
-WORD = re.compile(r" ?[^ ]+| ")  # a word with the space before it, or a further space
+# A word with the space before it. Of several spaces, all but the last are words as well.
+WORD = re.compile(r" ?[^ ]+| ")
 
 
 def spell(word):
-    """A word as a str of tokens, at first its bytes: chr(token) stands for a token, so
-    that str's own methods find and replace pairs of tokens.
+    """The bytes of a word as tokens, each of them as the character chr(token).
+
+    Tokens are kept in a str because its `replace` merges pairs of them quickly.
     """
     return "".join(chr(byte + FIRST_SYMBOL_ID) for byte in word.encode())
 
@@ -827,12 +816,12 @@ class Tokenizer:
         self.merges = [(int(left), int(right)) for left, right in merges]
         self.bytes_of = dict.fromkeys((PAD_ID, BOS_ID, EOS_ID), b"")
         self.bytes_of |= {b + FIRST_SYMBOL_ID: bytes([b]) for b in range(256)}
-        self.token_of = {}  # the pairs that merge, as str, and what they become
+        self.token_of = {}  # what each pair becomes, both as str
         for token, (left, right) in enumerate(self.merges, FIRST_MERGE_ID):
             if not FIRST_SYMBOL_ID <= min(left, right) <= max(left, right) < token:
                 raise InputError(f"{left} and {right} cannot merge into token {token}")
             self.bytes_of[token] = self.bytes_of[left] + self.bytes_of[right]
-            self.token_of[chr(left), chr(right)] = chr(token)
+            self.token_of[chr(left) + chr(right)] = chr(token)
         self.vocab_size = len(self.bytes_of)
         self.known_words = {}  # and their tokens
 
@@ -846,39 +835,40 @@ class Tokenizer:
             raise InputError(f"{least}, not {vocab_size}")
         words = collections.Counter(w for text in texts for w in WORD.findall(text))
         spelled = {word: spell(word) for word in words}
-        counts, merges = collections.Counter(), []
-        words_with = collections.defaultdict(set)
+        counts = collections.Counter()  # of each pair, in all texts
+        words_with = collections.defaultdict(set)  # the words that have or had a pair
 
-        def count(word, sign):
-            """Adds the pairs in a word to the counts, or takes them off."""
+        def count_pairs(word, times):
             for pair in itertools.pairwise(spelled[word]):
-                counts[pair] += sign * words[word]
+                counts[pair] += times
                 words_with[pair].add(word)
 
-        for word in words:
-            count(word, 1)
+        for word, times in words.items():
+            count_pairs(word, times)
+        merges = []
         while FIRST_MERGE_ID + len(merges) < vocab_size:
             highest = max(counts.values(), default=0)
             if highest < 2:
                 break
             pair = min(pair for pair, number in counts.items() if number == highest)
             token = chr(FIRST_MERGE_ID + len(merges))
-            for word in words_with.pop(pair):  # and some that had it once: no change
-                count(word, -1)
+            # The merge changes the words that have the pair, and no others. Their pairs
+            # before it are taken off the counts, and those after it are added.
+            for word in list(words_with[pair]):
+                count_pairs(word, -words[word])
                 spelled[word] = spelled[word].replace("".join(pair), token)
-                count(word, 1)
+                count_pairs(word, words[word])
             merges.append(tuple(map(ord, pair)))
         return cls(merges)
 
     def encode(self, text):
-        """str -> list of tokens, without special tokens. Earlier merges come first."""
+        """str -> list of tokens, without special tokens."""
         tokens = []
         for word in WORD.findall(text):
             if word not in self.known_words:
                 spelled = spell(word)
-                while mergeable := self.token_of.keys() & itertools.pairwise(spelled):
-                    pair = min(mergeable, key=self.token_of.get)
-                    spelled = spelled.replace("".join(pair), self.token_of[pair])
+                for pair, token in self.token_of.items():  # in the order of the merges
+                    spelled = spelled.replace(pair, token)
                 self.known_words[word] = [*map(ord, spelled)]
             tokens += self.known_words[word]
         return tokens
@@ -903,15 +893,6 @@ def reversal_pairs(num_pairs, max_len, seed):
     return [(word, word[::-1]) for word in words]
 
 
-def read_file(path):
-    """Returns the content of a file, as bytes."""
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-
-
 def decode_line(line, where):
     """A line of UTF-8 (bytes) -> str, without its end and without a byte order mark."""
     try:
@@ -924,9 +905,11 @@ def decode_line(line, where):
 def read_pairs(path):
     """A UTF-8 file of lines `source<TAB>target` -> list of (source, target), str.
 
-    An InputError names the file, the line and what is wrong with it.
+    An InputError names the file, the line and what is wrong with it, an OSError a file
+    that cannot be read.
     """
-    content = read_file(path).removesuffix(b"\n")
+    with open(path, "rb") as file:
+        content = file.read().removesuffix(b"\n")
     if not content:
         raise InputError(f"{path}: the file is empty")
     pairs = []
@@ -944,15 +927,14 @@ def read_pairs(path):
 
 
 def hold_out(pairs, limit, seed):
-    """Chooses at most `limit` pairs to measure on: all pairs of one source, then all of
-    the next, in random order. No pair of these sources is trained on; so that few are
-    lost to training, the sources with more pairs than `limit` come last.
+    """Chooses pairs to measure on: of a tenth of the sources, but at most `limit`, chosen
+    at random, one pair each. No other pair of these sources may be trained on.
     """
-    counts = collections.Counter(source for source, _ in pairs)
-    sources = list(counts)
-    order = np.random.default_rng(seed).permutation(len(sources))
-    rank = {sources[i]: (counts[sources[i]] > limit, n) for n, i in enumerate(order)}
-    return sorted(pairs, key=lambda pair: rank[pair[0]])[:limit]
+    targets = dict(pairs)  # a target for each source, the last one
+    sources = list(targets)
+    limit = min(limit, max(1, len(sources) // 10))
+    chosen = np.random.default_rng(seed).permutation(len(sources))[:limit]
+    return [(sources[i], targets[sources[i]]) for i in chosen]
 
 
 def pad(rows, width):
@@ -976,30 +958,40 @@ def to_batch(pairs, width):
     return {"src": src, "tgt": tgt}
 
 
-def batches_by_width(rows, max_width, batch_size, rng=None):
-    """Groups rows of like length, for little padding and few shapes to compile.
+def widths_of(rows, max_width):
+    """The width that each row is padded to. There are few, as each is compiled for.
 
-    A row is a tuple of lists of tokens, such as a pair. Its width has room for the
-    longest of them and EOS, and is 8, 16, 32, ... or `max_width`. `rng` shuffles rows
-    and batches, and leaves out rows so that all batches are full.
+    A row is a tuple of lists of tokens, such as a pair. Its width is max_width, or half
+    of it, a quarter and so on, down to 8, if that holds the longest list and EOS.
 
-    Returns a list with (numbers of the rows, width) of each batch.
+    >>> widths_of([([5] * 3, [5] * 20), ([5] * 8,), ([5],)], max_width=33)
+    array([33, 16,  8])
+    """
+    choices = [max_width]
+    while choices[0] >= 16:
+        choices.insert(0, choices[0] // 2)
+    lengths = [max(map(len, row)) + 1 for row in rows]
+    return np.array(choices)[np.searchsorted(choices, lengths)]
 
-    >>> batches_by_width([([5] * n,) for n in (3, 30, 9, 4)], 128, batch_size=2)
+
+def batches_by_width(widths, batch_size, rng=None):
+    """Groups rows of these widths, so that those of a batch are of the same width, or
+    nearly all. Returns (numbers of the rows, width) of each batch.
+
+    `rng` shuffles the rows and the batches. Some rows are left out then, others each
+    time, so that all batches are full.
+
+    >>> batches_by_width(np.array([8, 32, 16, 8]), batch_size=2)
     [(array([0, 3]), 8), (array([2, 1]), 32)]
     """
-    lengths = np.array([max(map(len, row)) + 1 for row in rows])
-    # Where all rows are short, a second shape would not be worth its compilation.
-    least = 8 if max_width > 16 else max_width
-    widths = np.minimum(2 ** np.ceil(np.log2(np.maximum(lengths, least))), max_width)
-    order = np.arange(len(rows))
+    order = np.arange(len(widths))
     if rng is not None:
-        order = rng.permutation(order)[: len(rows) // batch_size * batch_size]
+        order = rng.permutation(order)[: len(order) // batch_size * batch_size]
     order = order[np.argsort(widths[order], kind="stable")]
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     if rng is not None:
         rng.shuffle(batches)
-    return [(batch, int(widths[batch[-1]])) for batch in batches]
+    return [(batch, int(widths[batch].max())) for batch in batches]
 
 
 def training_batches(pairs, max_width, batch_size, seed, start=0):
@@ -1008,9 +1000,10 @@ def training_batches(pairs, max_width, batch_size, seed, start=0):
     They follow from these arguments alone, so that a run can be taken up again. There
     must be at least `batch_size` pairs.
     """
+    widths = widths_of(pairs, max_width)
     epochs = (
-        batches_by_width(pairs, max_width, batch_size, np.random.default_rng([seed, n]))
-        for n in itertools.count()
+        batches_by_width(widths, batch_size, np.random.default_rng([seed, epoch]))
+        for epoch in itertools.count()
     )
     batches = itertools.chain.from_iterable(epochs)
     for numbers, width in itertools.islice(batches, start, None):
@@ -1019,8 +1012,8 @@ def training_batches(pairs, max_width, batch_size, seed, start=0):
 
 # ---- 12 Checkpoints ------------------------------------------------------------------
 
-FORMAT = b"transformer_model checkpoint "  # the first line, followed by the version
-VERSION = 2
+FORMAT = b"transformer_model checkpoint "
+FIRST_LINE = FORMAT + b"2"  # Another edition of this program has another number.
 
 
 class Checkpoint(NamedTuple):
@@ -1029,7 +1022,7 @@ class Checkpoint(NamedTuple):
     config: TransformerConfig
     state: dict  # the TrainState's content; the parameters are state["params"]
     notes: dict  # the further arguments of `save_checkpoint`
-    tokenizer: Tokenizer  # of the notes' "merges"; without these, of bytes
+    tokenizer: Tokenizer  # with the notes' "merges", or of bytes if there are none
 
 
 def save_checkpoint(path, config, state, **notes):
@@ -1043,16 +1036,16 @@ def save_checkpoint(path, config, state, **notes):
     content = flax.serialization.msgpack_serialize(content)
     digest = hashlib.sha256(content).hexdigest()
     path = os.path.realpath(path)  # A symbolic link is to stay one.
-    # A process that was killed while it saved left its temporary file. Saving takes
-    # seconds: one that is an hour old is nobody's any more.
-    for old in glob.glob(f"{glob.escape(path)}.saving-{'[0-9a-f]' * 16}"):
+    # A process that was killed while it saved has left its temporary file there. It was
+    # not this minute's: saving takes seconds, and these are an hour old.
+    for old in glob.glob(f"{glob.escape(path)}.saving-{16 * '[0-9a-f]'}"):
         with contextlib.suppress(OSError):
             if time.time() - os.path.getmtime(old) > 3600:
                 os.remove(old)
-    temporary = f"{path}.saving-{secrets.token_hex(8)}"
+    temporary = f"{path}.saving-{secrets.token_hex(8)}"  # 16 digits
     with open(temporary, "xb") as file:  # x: an error if there is such a file
         try:
-            file.write(FORMAT + f"{VERSION}\n{digest}\n".encode() + content)
+            file.write(b"\n".join([FIRST_LINE, digest.encode(), content]))
             file.flush()
             os.fsync(file.fileno())
             if os.path.exists(path):
@@ -1071,28 +1064,27 @@ def restore(path, template, content):
 
     def describe(tree):
         tree = flax.serialization.to_state_dict(tree)
-        return jax.tree.map(lambda x: (x.shape, str(x.dtype)), tree)
+        names = "shape", "dtype"  # which only arrays have
+        return jax.tree.map(lambda x: [getattr(x, name, None) for name in names], tree)
 
-    with contextlib.suppress(AttributeError):  # for what is no array
-        if describe(content) == describe(template):
-            return flax.serialization.from_state_dict(template, content)
-    raise InputError(f"{path}: its content does not fit its configuration")
+    if describe(content) != describe(template):
+        raise InputError(f"{path}: its content does not fit its configuration")
+    return flax.serialization.from_state_dict(template, content)
 
 
 def load_checkpoint(path):
     """Reads what `save_checkpoint` wrote. To train on, put its state into a TrainState
     that was made alike: `restore(path, train_state, checkpoint.state)`.
 
-    No such file, another file, a damaged one, another version: each is an InputError.
+    Another file, a damaged one, and another edition's are an InputError.
     """
-    first, _, rest = read_file(path).partition(b"\n")
-    digest, _, content = rest.partition(b"\n")
-    version = first.removeprefix(FORMAT)
-    if not (first.startswith(FORMAT) and version.isdigit()):
+    with open(path, "rb") as file:
+        first, _, rest = file.read().partition(b"\n")
+    if not first.startswith(FORMAT):
         raise InputError(f"{path}: not a checkpoint of this program")
-    if int(version) != VERSION:
-        versions = f"version {int(version)}, and this program reads version {VERSION}"
-        raise InputError(f"{path}: made by another edition: {versions}")
+    if first != FIRST_LINE:
+        raise InputError(f"{path}: saved by another edition of this program")
+    digest, _, content = rest.partition(b"\n")
     if digest != hashlib.sha256(content).hexdigest().encode():
         raise InputError(f"{path}: damaged or cut short")
     try:
@@ -1100,11 +1092,11 @@ def load_checkpoint(path):
         config = TransformerConfig(**content["config"])
         state, notes = dict(content["state"]), dict(content["notes"])
         tokenizer = Tokenizer(notes.get("merges", ()))
-        tokens = jnp.full((1, 1), BOS_ID)
-        init = partial(Transformer(config).init, jax.random.key(0))
-        params = jax.eval_shape(init, tokens, tokens)["params"]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not what a checkpoint holds: {error}") from None
+    tokens = jnp.full((1, 1), BOS_ID)
+    init = partial(Transformer(config).init, jax.random.key(0))
+    params = jax.eval_shape(init, tokens, tokens)["params"]
     restore(path, params, state.get("params"))  # to see if they fit
     return Checkpoint(config, state, notes, tokenizer)
 
@@ -1129,6 +1121,11 @@ def log(text):
     say(text, sys.stderr)
 
 
+def one_line(text):
+    """The text with a space for each line end in it."""
+    return " ".join(text.splitlines())
+
+
 def decode_all(model, params, sources, beam_size, short_len=32):
     """Sources (lists of tokens), shorter than the model's `max_len` -> their outputs.
 
@@ -1136,8 +1133,10 @@ def decode_all(model, params, sources, beam_size, short_len=32):
     decoded to `short_len` tokens, and once more to `max_len` if not all of it has ended.
     """
     outputs, longest = [None] * len(sources), model.config.max_len
-    for numbers, width in batches_by_width([(s,) for s in sources], longest, 64):
-        # Every number of rows is compiled anew. Repeated rows make it a power of two.
+    widths = widths_of([(source,) for source in sources], longest)
+    for numbers, width in batches_by_width(widths, 64):
+        # Each number of rows is compiled for. So that there are few, the last batch is
+        # filled up with rows that it has already, to 1, 2, 4, 8, ... of them.
         filled = np.resize(numbers, 2 ** (len(numbers) - 1).bit_length())
         src = pad([[*sources[i], EOS_ID] for i in filled], width)
         for max_len in sorted({min(short_len, longest), longest}):
@@ -1147,48 +1146,65 @@ def decode_all(model, params, sources, beam_size, short_len=32):
                 tokens, _ = beam_search(model, params, src, max_len, beam_size)
             if has_ended(tokens).all():
                 break
-        tokens = np.asarray(tokens)
+        tokens = np.asarray(tokens)  # [rows, W, max_len]
         if (tokens < 0).any():
             raise RunError("the model is of no use: its logits are NaN")
-        for i, output in zip(numbers, tokens[:, 0].tolist()):  # the best hypotheses
+        for i, output in zip(numbers, tokens[:, 0].tolist()):  # the best of W
             outputs[i] = output
     return outputs
 
 
-def one_line(text):
-    """The text with a space for each line end in it."""
-    return " ".join(text.splitlines())
-
-
 def show_attention(model, params, tokenizer, source, target):
-    """Draws how the target attends to the source (lists of tokens), token by token."""
+    """Draws how the target attends to the source (lists of tokens), token by token.
+
+    A row is what the decoder looked at to find the token that the row is named after.
+    """
 
     def label(token):
         text = "EOS" if token == EOS_ID else tokenizer.decode([token])
         text = text.replace(" ", "_").replace("\ufffd", "?")
         return "".join(c if c.isprintable() else "?" for c in text)
 
-    columns, names = ([*map(label, ids), "EOS"] for ids in (source, target))
+    columns = [label(token) for token in [*source, EOS_ID]]
+    names = [label(token) for token in [*target, EOS_ID]]
     margin = max(5, *map(len, names))
     header = " " * (margin + 1) + " ".join(columns)
     if len(header) > 80:
         say(f"(Its attention is {len(header)} columns wide, and not drawn beyond 80.)")
         return
-    src, tgt = np.array([[*source, EOS_ID]]), np.array([[BOS_ID, *target]])
-    tgt = tgt[:, : model.config.max_len]  # A target of full length has no EOS.
+    src = np.array([[*source, EOS_ID]])
+    tgt = np.array([[BOS_ID, *target]])[:, : model.config.max_len]
     apply = jax.jit(model.apply, static_argnames="mutable")
     _, variables = apply({"params": params}, src, tgt, mutable="intermediates")
     blocks = variables["intermediates"]["decoder"]
-    block = blocks[f"blocks_{len(blocks) - 1}"]
-    (weights,) = block["cross_attention"]["weights"]  # [1, H, T, S]
-    weights = np.asarray(weights).mean(axis=(0, 1))
+    last = blocks[f"blocks_{len(blocks) - 1}"]
+    (weights,) = last["cross_attention"]["weights"]  # of one call, [1, H, T, S]
     shades = " .:-=+*#%@"
     say("Cross-attention in the last block, the mean of its heads: source across,")
     say(f"output down, shaded from none to all like this: {shades!r}\n\n{header}")
-    for name, row in zip(names, weights):
+    for name, row in zip(names, np.mean(weights, axis=(0, 1))):
         levels = np.minimum(row * len(shades), len(shades) - 1).astype(int)
         cells = (shades[n] * (len(column) + 1) for n, column in zip(levels, columns))
         say(f"{name:>{margin}} {''.join(cells)}".rstrip())
+
+
+def chunks_to_translate(texts):
+    """Yields lists of lines, as bytes: `texts`, or else those of stdin, of which a
+    terminal's come one by one, each after a prompt on stderr.
+    """
+    if texts:
+        yield [os.fsencode(text) for text in texts]
+        return
+    if not hasattr(sys.stdin, "buffer"):
+        raise InputError("--translate: there is no stdin")
+    lines, is_typed = sys.stdin.buffer, sys.stdin.isatty()
+    while True:
+        if is_typed:
+            print("> ", end="", file=sys.stderr, flush=True)
+        chunk = list(itertools.islice(lines, 1 if is_typed else 1024))
+        if not chunk:
+            return
+        yield chunk
 
 
 def translate(args):
@@ -1201,82 +1217,68 @@ def translate(args):
     if args.bf16:
         config = dataclasses.replace(config, dtype="bfloat16")
     model, params = Transformer(config), jax.device_put(state["params"])
-    is_typed, status = False, 0
-    if args.translate:
-        lines = map(os.fsencode, args.translate)
-    elif hasattr(sys.stdin, "buffer"):
-        lines, is_typed = sys.stdin.buffer, sys.stdin.isatty()
-    else:
-        raise InputError("--translate: there is no stdin")
-    numbered = enumerate(lines, 1)
-    while True:
-        if is_typed:
-            print("> ", end="", file=sys.stderr, flush=True)
-        chunk = list(itertools.islice(numbered, 1 if is_typed else 1024))
-        if not chunk:
-            return status
+    number, status = 0, 0
+    for chunk in chunks_to_translate(args.translate):
         sources = []  # lists of tokens, empty for a line that cannot be translated
-        for number, line in chunk:
+        for line in chunk:
+            number += 1
             try:
                 source = tokenizer.encode(decode_line(line, f"line {number}"))
                 if len(source) >= config.max_len:
-                    limit = f"{len(source)} tokens, the most is {config.max_len - 1}"
-                    raise InputError(f"line {number}: {limit}")
+                    most = f"the most is {config.max_len - 1}"
+                    raise InputError(f"line {number}: {len(source)} tokens, {most}")
             except InputError as error:
                 log(f"error: {error}")
                 source, status = [], 2
             sources.append(source)
-        outputs = iter(
-            decode_all(model, params, [s for s in sources if s], args.beam_size)
-        )
+        nonempty = [source for source in sources if source]
+        outputs = iter(decode_all(model, params, nonempty, args.beam_size))
         for source in sources:
             output = next(outputs) if source else []
             say(one_line(tokenizer.decode(output)))
             if source and args.attention:
                 output = list(itertools.takewhile(lambda t: t != EOS_ID, output))
                 show_attention(model, params, tokenizer, source, output)
+    return status
 
 
 # ---- 14 A training run ---------------------------------------------------------------
 
-# A run that is continued may be given other values of these options.
-FREE = ["steps", "learning_rate", "dropout", "label_smoothing", "bf16", "pairs"]
-FREE += ["valid", "checkpoint", "translate", "attention", "beam_size", "distributed"]
+# The options that the model and the order of its batches follow from. A run can only be
+# continued with the same ones; the others, such as the learning rate, are free.
+FIXED = "post_norm d_model num_heads num_layers max_len vocab_size batch_size seed"
 
 
 @dataclasses.dataclass
 class Run:
-    """A training run: what it learns from, how far it has come, what is noted of it."""
+    """A training run: its options, its data, and how far it has come."""
 
     args: argparse.Namespace  # the options
     tokenizer: Tokenizer
     train_pairs: list  # of pairs of lists of tokens
-    valid_pairs: list  # of such pairs as well
+    valid_pairs: list  # of others, to measure on
     model: Transformer
     state: TrainState
-    notes: dict  # those of its checkpoint
+    notes: dict  # what is saved with the model
 
 
-def choose_pairs(args, kept=None):
-    """Returns the pairs of texts to train on and those to measure on.
+def choose_pairs(args, kept):
+    """Returns the pairs of texts to train on, and those to measure on.
 
-    A run that is continued has `kept` those to measure on. It trains on none of their
-    sources, whatever has become of the file.
+    Where a run is continued, `kept` are the pairs that it has been measured on, which
+    stay the same, whatever has become of the file; else `kept` is None.
     """
     if args.pairs:
         pairs = read_pairs(args.pairs)
-        limit = min(500, max(1, len(pairs) // 10))
     else:
-        pairs, limit = reversal_pairs(40_000, args.max_len, args.seed), 512
-    if args.valid:
-        valid = read_pairs(args.valid)
-    else:
-        valid = kept or hold_out(pairs, limit, args.seed)
+        pairs = reversal_pairs(40_000, args.max_len, args.seed)
+    valid = read_pairs(args.valid) if args.valid else kept
     if kept and valid != kept:
         problem = f"not the pairs that {args.checkpoint} was measured on"
         raise InputError(f"{args.valid}: {problem}")
-    held_out = {source for source, _ in valid}
-    return [pair for pair in pairs if pair[0] not in held_out], valid
+    valid = valid or hold_out(pairs, 500 if args.pairs else 512, args.seed)
+    sources = {source for source, _ in valid}
+    return [pair for pair in pairs if pair[0] not in sources], valid
 
 
 def encode_pairs(pairs, tokenizer, max_len):
@@ -1287,14 +1289,18 @@ def encode_pairs(pairs, tokenizer, max_len):
 
 def fixed_options(args):
     """The options that have to be the same when a run is continued, and the task."""
-    options = {name: x for name, x in vars(args).items() if name not in FREE}
+    options = {name: getattr(args, name) for name in FIXED.split()}
     return options | {"task": "pairs" if args.pairs else "reversal"}
 
 
 def make_schedule(args):
     """The learning rate warms up for a tenth of the steps, then falls to 0 at the last."""
-    rates = 0.0, args.learning_rate
-    return optax.warmup_cosine_decay_schedule(*rates, args.steps // 10, args.steps)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=args.learning_rate,
+        warmup_steps=args.steps // 10,
+        decay_steps=args.steps,
+    )
 
 
 def make_config(args, vocab_size):
@@ -1314,8 +1320,10 @@ def make_config(args, vocab_size):
 
 
 def begin(args, old=None):
-    """Returns the Run that the options ask for, at step 0. `old` is the Checkpoint that
-    it will go on from, whose subwords and pairs to measure on it takes over.
+    """Returns the Run that the options ask for, at its start.
+
+    If a run is continued, `old` is its Checkpoint: the tokenizer and the pairs to
+    measure on are taken from there.
     """
     kept = [tuple(pair) for pair in old.notes["valid_pairs"]] if old else None
     train_texts, valid_texts = choose_pairs(args, kept)
@@ -1340,10 +1348,10 @@ def begin(args, old=None):
     notes = {
         "options": fixed_options(args),
         "steps": args.steps,
-        "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
         "valid_pairs": [list(pair) for pair in valid_texts],
         "digest": hashlib.sha256(repr(train_pairs).encode()).hexdigest(),
-        "loss": np.inf,  # of the model that is saved; inf before training
+        "loss": float("inf"),  # of the model that is saved; it has not learnt yet
+        "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
     }
     model = Transformer(config)
     return Run(args, tokenizer, train_pairs, valid_pairs, model, state, notes)
@@ -1351,23 +1359,23 @@ def begin(args, old=None):
 
 def resume(args, old):
     """Returns the Run that goes on from the Checkpoint `old`, if the options allow it."""
-    path = args.checkpoint
-    kinds = {"options": dict, "valid_pairs": list, "digest": str}
-    for name, kind in (kinds | {"steps": int, "loss": float}).items():
-        if not isinstance(old.notes.get(name), kind):
-            raise InputError(f"{path}: cannot continue: no {name}")
+    path, notes = args.checkpoint, old.notes
+    kinds = {"options": dict, "steps": int, "valid_pairs": list, "digest": str}
+    kinds["loss"] = float
+    if not all(isinstance(notes.get(name), kind) for name, kind in kinds.items()):
+        raise InputError(f"{path}: cannot continue: not saved by a training run")
     for name, here in fixed_options(args).items():
-        if (there := old.notes["options"].get(name)) != here:
+        if (there := notes["options"].get(name)) != here:
             change = f"{name} is {there} there and {here} here"
             raise InputError(f"{path}: cannot continue: {change}")
     run = begin(args, old)
     run.state = restore(path, run.state, old.state)
-    run.notes["loss"] = old.notes["loss"]
-    if run.notes["digest"] != old.notes["digest"]:
+    run.notes["loss"] = notes["loss"]
+    if run.notes["digest"] != notes["digest"]:
         log(f"{path}: the pairs to train on have changed since")
-    if args.steps != old.notes["steps"]:
+    if args.steps != notes["steps"]:
         rate = float(make_schedule(args)(run.state.step))
-        change = f"--steps was {old.notes['steps']} and is {args.steps}"
+        change = f"--steps was {notes['steps']} and is {args.steps}"
         log(f"{path}: {change}: the learning rate goes on at {rate:.2g}")
     return run
 
@@ -1382,25 +1390,23 @@ def show_model(config, params, mesh):
     say(f"Parameters: {sum(sizes.values()):,} ({parts})")
     say(f"Devices: {mesh.size} x {mesh.devices.flat[0].device_kind}\n")
     tokens = to_batch([([], Tokenizer().encode("ab"))], width=4)["tgt"]
-    masks = padding_mask(tokens), causal_mask(5), padding_mask(tokens) & causal_mask(5)
-    grids = [np.broadcast_to(mask[0, 0], (5, 5)) for mask in masks]
-    say('Masks for the target "ab", padded: # may be attended to, queries down')
-    say("  padding          causal           both, the decoder's")
-    for row, name in enumerate(["BOS", "a", "b", "EOS", "PAD"]):
-        cells = ("  ".join(".#"[int(cell)] for cell in grid[row]) for grid in grids)
-        say("  " + "    ".join(cells) + f"   {name}")
+    mask = (padding_mask(tokens) & causal_mask(5))[0, 0]
+    say('The decoder\'s mask for "ab", padded: # may be attended to, queries down')
+    for name, row in zip(["BOS", "a", "b", "EOS", "PAD"], mask):
+        say(f"  {name:<4}" + "  ".join(".#"[int(cell)] for cell in row))
 
 
 def evaluate(run, num_shown, file=None):
-    """Prints the score on unseen pairs, and some of them; returns their loss and their
-    outputs. Of several processes, the first does it, on one device.
+    """Prints the score on unseen pairs, and some of them; returns their loss. Of several
+    processes, the first does it, on one device.
     """
     if jax.process_index() != 0:
-        return np.nan, []
+        return np.nan
     state = run.state.replace(opt_state=())  # Adam's averages can stay where they are.
     state = jax.device_put(jax.device_get(state), jax.local_devices()[0])
     pairs, losses, num_labels = run.valid_pairs, [], []
-    for numbers, width in batches_by_width(pairs, run.model.config.max_len, 64):
+    widths = widths_of(pairs, run.model.config.max_len)
+    for numbers, width in batches_by_width(widths, 64):
         batch = to_batch([pairs[i] for i in numbers], width)
         losses.append(float(eval_step(state, batch)["loss"]))
         num_labels.append((batch["tgt"][:, 1:] != PAD_ID).sum())
@@ -1414,15 +1420,17 @@ def evaluate(run, num_shown, file=None):
     for source, target, output in rows[:num_shown]:
         wrong = "" if output == target else f"   not {one_line(target)}"
         say(f"  {one_line(source)} -> {one_line(output)}{wrong}", file)
-    return loss, outputs
+    return loss
 
 
 def save(run, loss):
-    """Saves a checkpoint, if the options name one. A model that is worse than an even
-    guess among all tokens (loss above ln V) does not replace one that is better.
+    """Saves a checkpoint, if the options name one. `loss` is the latest, of one batch.
+
+    When training fails, the loss rises above ln V, that of an even guess among all
+    tokens. Such a model does not replace a better one.
     """
     even_guess = np.log(run.model.config.tgt_vocab_size)
-    if loss > even_guess >= run.notes["loss"]:
+    if loss > even_guess and run.notes["loss"] <= even_guess:
         log(f"not saved: the loss is above {even_guess:.4f}, that of an even guess")
     elif run.args.checkpoint and jax.process_index() == 0:
         run.notes["loss"] = loss
@@ -1437,31 +1445,14 @@ def saved_so_far(path):
     """Says which step the checkpoint holds, as the end of a sentence."""
     try:
         return f"; {path} holds step {load_checkpoint(path).state['step']}"
-    except (InputError, TypeError):  # no such file, or `path` is None
+    except (InputError, OSError, TypeError):  # no such file, or `path` is None
         return ", and nothing is saved"
 
 
-def train_for(run, num_steps, batches, sharding):
-    """Trains for so many steps, or for a minute if that is over first, saves, and prints
-    a line of progress. `sharding` gives each device its part of a batch. Returns the
-    loss of the last step.
+def report(run, step, metrics, speed, tokens_per_second):
+    """Saves, and prints a line of progress after so many steps. `metrics` are those of
+    the last step, `speed` is in steps a second. Returns the loss.
     """
-    start, num_tokens, metrics = time.perf_counter(), 0, None
-    for done, batch in enumerate(itertools.islice(batches, num_steps), 1):
-        num_tokens += int((batch["tgt"][:, 1:] != PAD_ID).sum())
-        batch = {
-            name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-            for name, x in batch.items()
-        }
-        # While the device does one step, this prepares the batch of the next, and then
-        # waits. With more steps under way, processes on CPUs would block each other.
-        jax.block_until_ready(metrics)  # of the step before
-        run.state, metrics = train_step(run.state, batch, run.args.label_smoothing)
-        # Several processes may pause here after different steps. It does not matter: all
-        # of them do the same steps, one after the other.
-        if time.perf_counter() - start > 60:
-            break
-    step = int(run.state.step)
     loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
     norm = float(optax.tree.norm(run.state.params))
     if not np.isfinite([loss, norm]).all():
@@ -1469,26 +1460,51 @@ def train_for(run, num_steps, batches, sharding):
         advice = f"try a lower --learning-rate{saved_so_far(run.args.checkpoint)}"
         raise RunError(f"not finite at step {step}: {what}; {advice}")
     save(run, loss)
-    seconds, steps = time.perf_counter() - start, run.args.steps
-    left = round(seconds / done * (steps - step))
+    steps = run.args.steps
+    left = round((steps - step) / speed)
     log(
         f"step {step:>{len(str(steps))}} of {steps}  loss {loss:.4f}"
-        f"  accuracy {accuracy:6.1%}  {num_tokens / seconds:,.0f} tokens/s"
+        f"  accuracy {accuracy:6.1%}  {tokens_per_second:,.0f} tokens/s"
         f"  {left // 60}:{left % 60:02} left"
     )
     return loss
 
 
-def show_results(run):
-    """Prints the score on unseen pairs, some of them, and the attention in one."""
-    say()
-    _, outputs = evaluate(run, 6)
-    for (source, target), output in zip(run.valid_pairs, outputs):
-        if output[: len(target) + 1] == [*target, EOS_ID] and len(source) <= 30:
-            say()
-            params = jax.device_get(run.state.params)
-            show_attention(run.model, params, run.tokenizer, source, target)
-            return
+def train_to_the_end(run, sharding):
+    """Does the steps that are left, with a report now and then, and at least one a
+    minute. `sharding` says which part of a batch each device gets.
+    """
+    args, start, max_len = run.args, int(run.state.step), run.model.config.max_len
+    batches = training_batches(
+        run.train_pairs, max_len, args.batch_size, args.seed, start
+    )
+    every, metrics = max(1, min(500, args.steps // 20)), None
+    last_unseen, last_seen, losses = np.inf, np.inf, []
+    since, num_steps, num_tokens = time.perf_counter(), 0, 0
+    for step, batch in zip(range(start + 1, args.steps + 1), batches):
+        num_steps += 1
+        num_tokens += int((batch["tgt"][:, 1:] != PAD_ID).sum())
+        batch = {  # Each device asks for its rows, by their index.
+            name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+            for name, x in batch.items()
+        }
+        # The batch was made while the device did the step before. That has to be done
+        # now: with more steps under way, processes on CPUs would block each other.
+        jax.block_until_ready(metrics)
+        run.state, metrics = train_step(run.state, batch, args.label_smoothing)
+        # Of several processes, each looks at its own clock. A report that one makes and
+        # another does not is no harm: the others wait for it in the next step.
+        seconds = time.perf_counter() - since
+        if step % every and step < args.steps and seconds < 60:
+            continue
+        speeds = num_steps / seconds, num_tokens / seconds
+        losses.append(report(run, step, metrics, *speeds))
+        if step % (5 * every) == 0 and step < args.steps:
+            unseen, seen = evaluate(run, 3, sys.stderr), np.mean(losses)
+            if unseen > last_unseen and seen < last_seen:
+                log("the loss on unseen pairs has risen, that on training pairs fallen")
+            last_unseen, last_seen, losses = unseen, seen, []
+        since, num_steps, num_tokens = time.perf_counter(), 0, 0
 
 
 def train(args):
@@ -1506,30 +1522,21 @@ def train(args):
         except RunError as error:
             raise InputError(error) from None
     show_model(run.model.config, run.state.params, mesh)
-    if (start := int(run.state.step)) >= args.steps:
-        log(f"{args.checkpoint} has {start} steps: --steps {args.steps} adds none")
-    order = run.train_pairs, run.model.config.max_len, args.batch_size, args.seed
-    batches = training_batches(*order, start)
-    # The state goes to every device whole, and of each batch every device gets a part:
-    # from that, jit makes train_step add up gradients over all of them.
+    if run.state.step >= args.steps:
+        has = f"{args.checkpoint} has {run.state.step} steps"
+        log(f"{has}: --steps {args.steps} adds none")
+    # Every device gets the whole state, and its part of each batch. From that, jit makes
+    # train_step add up the gradients of all devices.
     run.state = jax.device_put(run.state, NamedSharding(mesh, PartitionSpec()))
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    every = max(1, min(500, args.steps // 20))
-    last_unseen, last_seen, losses = np.inf, np.inf, []
-    while (step := int(run.state.step)) < args.steps:
-        steps_to_report = min(every - step % every, args.steps - step)
-        losses.append(train_for(run, steps_to_report, batches, sharding))
-        step = int(run.state.step)
-        if step % (5 * every) == 0 and step < args.steps:
-            unseen, seen = evaluate(run, 3, sys.stderr)[0], np.mean(losses)
-            if unseen > last_unseen and seen < last_seen:
-                log("the loss on unseen pairs has risen, that on training pairs fallen")
-            last_unseen, last_seen, losses = unseen, seen, []
-    show_results(run)
+    train_to_the_end(run, NamedSharding(mesh, PartitionSpec("data")))
+    say()
+    evaluate(run, 6)
+    say()
+    params = jax.device_get(run.state.params)
+    show_attention(run.model, params, run.tokenizer, *run.valid_pairs[0])
     return 0
 
 
-# ---- 15 Command line -----------------------------------------------------------------
 # ---- 15 Command line -----------------------------------------------------------------
 
 KINDS = {
@@ -1541,11 +1548,11 @@ KINDS = {
     "share": (float, "a number from 0 to below 1", lambda x: 0 <= x < 1),
     "seed": (int, "an integer from 0 to 2^32 - 1", lambda n: 0 <= n < 2**32),
 }
-# For each option: its kind, the default of the demo, the default with --pairs, and what
-# it means. The defaults are not the paper's, whose models are large and learn for days
-# on eight GPUs: these are to learn in minutes, at a high rate, which pre-norm bears with
-# little warm-up (Xiong et al., 2020), and without dropout, which slows learning and pays
-# when every pair is seen often.
+# For each option: its kind, its default in the demo, its default with --pairs, and what
+# it means. The paper's models are large and learn for days on eight GPUs. These are to
+# learn in minutes. So their learning rate is high, which pre-norm bears after a short
+# warm-up (Xiong et al., 2020). And there is no dropout: it slows learning down, and is
+# worth that only where every pair is seen many times.
 OPTIONS = {
     "pairs": ("file", None, None, "learn from its lines, source<TAB>target"),
     "valid": ("file", None, None, "measure on these pairs, not some of --pairs"),
@@ -1567,8 +1574,8 @@ OPTIONS = {
     "vocab_size": ("vocab", 259, 500, "tokens: subwords; 259 is bytes"),
     "beam_size": ("beam", 1, 1, "hypotheses of the search; 1 is greedy"),
 }
-NEED_PAIRS = "valid", "vocab_size", "label_smoothing"
-FOR_TRANSLATION = "checkpoint", "attention", "beam_size", "bf16"
+NEED_PAIRS = "valid", "vocab_size", "label_smoothing"  # The demo does without.
+FOR_TRANSLATION = "translate", "checkpoint", "attention", "beam_size", "bf16"
 
 
 def flag(name):
@@ -1592,13 +1599,11 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
 
-def parse_arguments(argv):
-    """Returns the options, checked and complete."""
+def make_parser():
+    """Returns a parser whose results are the options that are given, and no others."""
     description = "The Transformer. Without options, the demo: learns to reverse words."
-    # With SUPPRESS, what is not given is not among the results.
-    parser = Parser(
-        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
+    omit = argparse.SUPPRESS
+    parser = Parser(description=description, allow_abbrev=False, argument_default=omit)
     text = "translate, and exit; without TEXT, the lines of stdin"
     parser.add_argument("--translate", nargs="*", metavar="TEXT", help=text)
     for name, (kind, demo, pairs, text) in OPTIONS.items():
@@ -1610,15 +1615,20 @@ def parse_arguments(argv):
             text = f"{text} (default {default})"
         details = {"metavar": kind.upper(), "help": text}
         parser.add_argument(flag(name), type=partial(parse_value, kind), **details)
-    argv = sys.argv[1:] if argv is None else argv
-    # The texts to translate are kept from the parser, which would take one that begins
-    # with a dash for an option. What begins with two dashes is one.
+    return parser
+
+
+def parse_arguments(argv):
+    """Returns the options, checked and complete."""
+    # The parser does not get to see the texts to translate, as it would take a text that
+    # begins with a dash for an option. They end at the next word with two dashes.
     start = argv.index("--translate") + 1 if "--translate" in argv else len(argv)
     texts = [*itertools.takewhile(lambda text: text[:2] != "--", argv[start:])]
-    given = vars(parser.parse_args([*argv[:start], *argv[start + len(texts) :]]))
+    others = [*argv[:start], *argv[start + len(texts) :]]
+    given = vars(make_parser().parse_args(others))
     is_translation, has_pairs = "translate" in given, "pairs" in given
     for name in given:
-        if is_translation and name not in ("translate", *FOR_TRANSLATION):
+        if is_translation and name not in FOR_TRANSLATION:
             raise InputError(f"{flag(name)} has no meaning with --translate")
         if not is_translation and name == "attention":
             raise InputError("--attention has no meaning without --translate")
@@ -1627,7 +1637,7 @@ def parse_arguments(argv):
     defaults = {name: option[2 if has_pairs else 1] for name, option in OPTIONS.items()}
     args = argparse.Namespace(**{"translate": None, **defaults, **given})
     if is_translation:
-        args.translate += texts
+        args.translate = texts
         if args.checkpoint is None:
             raise InputError("--translate needs --checkpoint FILE")
     elif not has_pairs and args.max_len < 4:
@@ -1676,7 +1686,7 @@ def main(argv=None):
     such as a loss that is no longer finite.
     """
     if sys.stdout is None or sys.stderr is None:
-        # If stderr is the one, this goes to stdout.
+        # Where stderr is the closed one, print takes stdout for it.
         print("error: stdout or stderr is closed", file=sys.stderr)
         return 1
     for stream in (sys.stdout, sys.stderr):
@@ -1684,7 +1694,7 @@ def main(argv=None):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     args = argparse.Namespace(translate=None, checkpoint=None)  # until they are parsed
     try:
-        args = parse_arguments(argv)
+        args = parse_arguments(sys.argv[1:] if argv is None else argv)
         start_jax(args.distributed)
         return train(args) if args.translate is None else translate(args)
     except InputError as error:
@@ -1700,7 +1710,9 @@ def main(argv=None):
             return fail(0)  # `... | head` has read enough.
         return fail(1, f"nobody reads the output{saved_so_far(args.checkpoint)}")
     except OSError as error:
-        return fail(1, f"{error.filename or 'output'}: {error.strerror}")
+        # Files that are named are the user's, what has no name is stdout or stderr.
+        message = f"{error.filename or 'output'}: {error.strerror}"
+        return fail(2 if error.filename else 1, message)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "EXHAUSTED" not in str(error):
             raise

@@ -40,7 +40,6 @@ def test_read_pairs(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "No such file"),
         (b"", "the file is empty"),
         (b"a\tb\nc d\n", "line 2: need exactly one tab, found 0"),
         (
@@ -55,26 +54,24 @@ def test_read_pairs(tmp_path):
 )
 def test_read_pairs_names_file_line_and_mistake(tmp_path, content, message):
     path = tmp_path / "pairs.tsv"
-    if content is not None:
-        path.write_bytes(content)
+    path.write_bytes(content)
     with pytest.raises(tm.InputError) as error:
         tm.read_pairs(path)
     separator = ", " if message.startswith("line") else ": "
-    assert str(error.value) == f"{path}{separator}{message}" or content is None
-    assert str(path) in str(error.value) and message in str(error.value)
+    assert str(error.value) == f"{path}{separator}{message}"
 
 
-def test_held_out_pairs_are_of_few_sources():
-    pairs = [(str(i % 40), str(i)) for i in range(100)]
-    valid = tm.hold_out(pairs, 10, seed=0)
-    assert len(valid) == len(set(valid)) == 10 and set(valid) <= set(pairs)
-    # Sources below 20 have three pairs each, the others two.
-    sources = {source for source, _ in valid}
-    of_sources = [pair for pair in pairs if pair[0] in sources]
-    last = valid[-1][0]
-    assert len([pair for pair in of_sources if pair[0] != last]) < 10 <= len(of_sources)
-    assert valid == tm.hold_out(pairs, 10, seed=0) != tm.hold_out(pairs, 10, seed=1)
-    assert sorted(tm.hold_out(pairs, 1000, seed=0)) == sorted(pairs)
+@pytest.mark.parametrize(
+    "num_sources, limit, expected", [(400, 10, 10), (400, 99, 40), (9, 10, 1)]
+)
+def test_held_out_are_one_pair_each_of_a_tenth_of_the_sources(
+    num_sources, limit, expected
+):
+    pairs = [(str(i % num_sources), str(i)) for i in range(1000)]
+    valid = tm.hold_out(pairs, limit, seed=0)
+    assert len(valid) == len(dict(valid)) == expected and set(valid) <= set(pairs)
+    assert valid == tm.hold_out(pairs, limit, seed=0)
+    assert len({tuple(tm.hold_out(pairs, limit, seed)) for seed in range(9)}) > 1
 
 
 def test_pad_and_to_batch_by_hand():
@@ -99,19 +96,20 @@ def random_pairs(count, longest=60, seed=0):
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_batches_hold_every_row_once_in_few_shapes(shuffled):
     pairs, rng = random_pairs(1000), np.random.default_rng(0)
-    batches = tm.batches_by_width(pairs, 61, 32, rng if shuffled else None)
+    widths = tm.widths_of(pairs, 61)
+    batches = tm.batches_by_width(widths, 32, rng if shuffled else None)
     seen = np.concatenate([numbers for numbers, _ in batches])
     assert len(seen) == len(set(seen)) == (992 if shuffled else 1000)
     sizes = sorted(len(numbers) for numbers, _ in batches)
     assert sizes == ([32] * 31 if shuffled else [1000 % 32] + [32] * 31)
-    assert {width for _, width in batches} <= {8, 16, 32, 61}
+    assert {width for _, width in batches} <= {15, 30, 61}
     for numbers, width in batches:  # to_batch fails for a width that is too small
         rows = [pairs[i] for i in numbers]
         batch = tm.to_batch(rows, width)
         for x in batch.values():
             assert (x == tm.EOS_ID).sum(axis=1).tolist() == [1] * len(numbers)
         longest = max(max(map(len, pair)) + 1 for pair in rows)
-        assert width == min(max(8, 2 ** int(longest - 1).bit_length()), 61)
+        assert width == next(width for width in (15, 30, 61) if width >= longest)
     widths = [width for _, width in batches]
     assert (widths == sorted(widths)) != shuffled
 
@@ -119,7 +117,8 @@ def test_batches_hold_every_row_once_in_few_shapes(shuffled):
 def test_little_of_the_batches_is_padding():
     lengths = np.random.default_rng(0).integers(1, 60, 2000)
     pairs = [([3] * n, [4] * n) for n in lengths]
-    batches = tm.batches_by_width(pairs, 61, 32, np.random.default_rng(0))
+    widths = tm.widths_of(pairs, 64)
+    batches = tm.batches_by_width(widths, 32, np.random.default_rng(0))
     cells = sum(len(numbers) * width for numbers, width in batches)
     real = sum(len(pairs[i][1]) + 1 for numbers, _ in batches for i in numbers)
     assert real / cells > 0.65  # it would be 0.5 in batches taken as they come
@@ -276,19 +275,16 @@ def test_damaged_checkpoints_are_told_apart(tmp_path):
         (good[:-1], "damaged"),
         (good + b"\0", "damaged"),
         (bytes(flipped), "damaged"),
-        (edition(b"1"), "another edition.*version 1, .* reads version 2"),
-        (edition(b"3"), "another edition.*version 3, .* reads version 2"),
-        (edition(b"two"), "not a checkpoint"),
+        (edition(b"1"), "another edition"),
+        (edition(b"3"), "another edition"),
     ]:
         other.write_bytes(content)
         with pytest.raises(tm.InputError, match=message) as error:
             tm.load_checkpoint(other)
         assert str(error.value).startswith(f"{other}: ")
         assert "\n" not in str(error.value)
-    with pytest.raises(tm.InputError, match="No such file"):
+    with pytest.raises(FileNotFoundError):
         tm.load_checkpoint(tmp_path / "none")
-    with pytest.raises(tm.InputError, match="Is a directory"):
-        tm.load_checkpoint(tmp_path)
 
 
 def test_fields_that_are_missing_get_the_default(tmp_path):

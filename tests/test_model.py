@@ -76,9 +76,6 @@ def test_config_defaults_are_the_base_model_and_hashable():
     assert not config.norm_first and config.share_embeddings
     assert config.head == "logits" and config.dtype == "float32"
     assert hash(config) == hash(tm.TransformerConfig())
-    numbers = np.arange(20)
-    assert tm.TransformerConfig(src_vocab_size=numbers[9], tgt_vocab_size=9)
-    assert tm.TransformerConfig(dropout_rate=np.float32(0.1))
     assert tm.TransformerConfig(dropout_rate=0)
     with pytest.raises(TypeError, match="positional"):
         tm.TransformerConfig(9, 9)
@@ -379,7 +376,7 @@ def test_examples_of_the_docstrings():
 def drawn_parameters():
     """The tree in Transformer's docstring: paths of two blocks' arrays -> shapes."""
     size = {"V": VOCAB, "D": TINY.d_model, "F": TINY.d_ff}
-    drawing = tm.Transformer.__doc__.split("one of the parameters:\n\n")[1]
+    drawing = tm.Transformer.__doc__.split("tree of the parameters:\n\n")[1]
     found, parents = {}, []  # parents: (indentation, paths)
     for line in drawing.split("\n\n")[0].splitlines():
         indentation = len(line) - len(line.lstrip())
