@@ -26,8 +26,8 @@ attention is allowed. `kv` names a pair: the keys and the values, both [B, H, L,
 import signal
 
 if __name__ == "__main__":
-    # Until all is imported, Ctrl-C ends the program at once and without a traceback. The
-    # last lines of this file give it back to Python.
+    # The imports below take seconds. If Ctrl-C comes meanwhile, Python would print a
+    # traceback; with this, the program just ends. Later on, `main` sees to Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -95,8 +95,10 @@ class TransformerConfig:
 
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            kinds = (int, float) if field.type is float else (field.type,)
-            require(field.name, type(value) in kinds, f"of type {kinds[-1].__name__}")
+            # An int will do for a float, but not True, which to isinstance is an int.
+            is_number = field.type is float and type(value) is int
+            is_type = type(value) is field.type or is_number
+            require(field.name, is_type, f"of type {field.type.__name__}")
             if field.type is int:
                 # A vocabulary holds the three special tokens and at least one symbol.
                 least = FIRST_SYMBOL_ID + 1 if "vocab" in field.name else 1
@@ -195,8 +197,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # A softmax over the keys where the mask is True. The weights of the others are 0, and
-    # so are all of them, not 0 / 0, where there is no such key.
+    # A key whose mask is False gets the weight 0. If all of a query's are False, so do
+    # all, where a softmax written by hand would divide 0 by 0.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -221,11 +223,11 @@ class Dense(nn.Module):
 class MultiHeadAttention(nn.Module):
     """H attentions side by side, each in a subspace of width K (section 3.2.2).
 
-    MultiHead(Q, K, V) = Concat(head_1, ..., head_H) W^O
-    head_i = Attention(Q W_i^Q, K W_i^K, V W_i^V)
+    head_i = Attention(x W_i^Q, memory W_i^K, memory W_i^V)
+    MultiHead(x, memory) = Concat(head_1, ..., head_H) W^O
 
-    Q, K and V are the paper's; the W_i of all heads stand side by side in one D x D
-    matrix. The attention weights go to Flax's collection "intermediates".
+    The H matrices W_i^Q, each D x K, are the columns of one D x D matrix, and so are the
+    W_i^K and the W_i^V. The attention weights go to Flax's collection "intermediates".
     """
 
     config: TransformerConfig
@@ -251,7 +253,7 @@ class MultiHeadAttention(nn.Module):
         return self.output(heads.swapaxes(1, 2).reshape(x.shape))  # concatenates
 
     def split_heads(self, x):
-        """x [B, L, D] -> [B, H, L, K], in which Eq. 1 is a product for each head."""
+        """x [B, L, D] -> [B, H, L, K]: head i gets the i-th K of the D columns."""
         return x.reshape(*x.shape[:2], self.config.num_heads, -1).swapaxes(1, 2)
 
 
@@ -338,8 +340,9 @@ class DecoderBlock(nn.Module):
 
     def __call__(self, x, self_mask, memory_kv, memory_mask, cache=None, start=0):
         """In training, x is a whole target. In decoding it is one token, T = 1, and the
-        kv of the tokens before it comes from a cache. That is laid out as attention
-        reads it, [B, H, L, K]: otherwise XLA would transpose all of it at every token.
+        kv of the tokens before it comes from a cache. The cache is [B, H, L, K] because
+        attention multiplies head by head. XLA would transpose one that is [B, L, H, K]
+        at every token.
 
         Args:
           x: [B, T, D].
@@ -350,8 +353,9 @@ class DecoderBlock(nn.Module):
           start: the position of the first token of x.
 
         Returns:
-          x after the block, [B, T, D], and the kv that the self-attention attended to:
-          that of x, or, if there is a cache, the cache with that of x written into it.
+          x after the block, [B, T, D], and the kv of the self-attention. Without a
+          cache, it is the kv of x. With one, it is the cache, and the kv of x is now
+          in it, from `start` on.
         """
         first, second, third = self.add_and_norm
 
@@ -403,8 +407,8 @@ class Decoder(nn.Module):
             self.norm = layer_norm(self.config)
 
     def __call__(self, x, self_mask, memory_kv, memory_mask, cache=None, start=0):
-        """As `DecoderBlock`, but memory_kv, cache and the kv returned are lists, with
-        an entry for each block.
+        """Takes and returns what a `DecoderBlock` does. Only memory_kv, the cache and
+        the kv returned are lists here, with an entry for each block.
         """
         new_cache = []
         for i, block in enumerate(self.blocks):
@@ -423,9 +427,11 @@ class Transformer(nn.Module):
         variables = model.init(jax.random.key(0), src, tgt)  # {"params": ...}
         logits = model.apply(variables, src, tgt)
 
-    With rngs={"dropout": key}, dropout is on. With mutable=["intermediates"], `apply`
-    returns the attention weights as well, where the parameters have the attention that
-    they are of. The tree of the parameters:
+    Dropout is on if `apply` gets rngs={"dropout": key}. The attention weights come with
+    mutable=["intermediates"]: `apply` returns logits and {"intermediates": tree}, where
+    tree["decoder"]["blocks_0"]["cross_attention"]["weights"] is (weights,), for one.
+
+    The tree of the parameters:
 
         embedding                           [V, D]
         encoder
@@ -439,7 +445,7 @@ class Transformer(nn.Module):
               norm                          scale [D], bias [D]
         decoder     the same, with a cross_attention and an add_and_norm_2 in each block
 
-    A token outside the vocabulary gives NaN. Shapes that do not fit, or a length above
+    A token outside the vocabulary gives NaN (see `embed`). Shapes that do not fit, or a length above
     max_len, raise a ValueError.
     """
 
@@ -518,11 +524,7 @@ class Transformer(nn.Module):
 
 
 def mean_over_labels(values, labels):
-    """The mean of values [B, T] over the labels [B, T] that are not PAD; 0 without any.
-
-    If several devices have a part of the batch each (section 14), jit makes both sums
-    those of the whole batch, so that each label counts alike, wherever it lies.
-    """
+    """The mean of values [B, T] over the labels [B, T] that are not PAD; 0 without any."""
     is_label = labels != PAD_ID
     return jnp.where(is_label, values, 0).sum() / jnp.maximum(is_label.sum(), 1)
 
@@ -540,7 +542,7 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
     if logits.shape[:-1] != labels.shape:
         got = f"{logits.shape} and {labels.shape}"
         raise ValueError(f"logits and labels must be [B, T, V] and [B, T], got {got}")
-    # A jitted caller may have made it an argument, which has no value yet.
+    # In a jitted function it may be a tracer, whose value is not known here.
     is_number = isinstance(label_smoothing, (int, float))
     if is_number and not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be 0 to 1, not {label_smoothing}")
@@ -591,13 +593,13 @@ def create_train_state(config, key, optimizer=None):
     tokens = jnp.full((1, 1), BOS_ID)
     params = jax.jit(model.init)(params_key, tokens, tokens)["params"]
     return TrainState(
-        # An array as after each step. train_step would be compiled twice for the int 0.
+        # Not a plain 0: train_step returns an array, for which jit would compile again.
         step=jnp.zeros((), jnp.int32),
         apply_fn=model.apply,
         params=params,
         tx=optimizer,
         opt_state=optimizer.init(params),
-        dropout_key=jax.random.key_data(dropout_key),  # as integers, which can be saved
+        dropout_key=jax.random.key_data(dropout_key),  # integers, so that it is saved
     )
 
 
@@ -649,10 +651,9 @@ def start_decoding(model, params, src, max_len, beam_size=1):
 
         logits, cache = next_logits(tokens, position, cache)
 
-    tokens, int [B * W, max_len + 1], are BOS and those decoded so far, up to `position`,
-    and PAD behind them. The logits, float32 [B * W, V], are for the token at position +
-    1. The cache, at first empty, is a list with the kv of each decoder block. It has
-    room for max_len tokens, since nothing follows the last of the max_len + 1.
+    tokens, int [B * W, max_len + 1], are BOS, the tokens decoded so far, up to
+    `position`, and then PAD. The logits, float32 [B * W, V], are for the next token. The
+    cache, at first empty, is the `Decoder`'s, with as many positions as tokens has.
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -665,15 +666,17 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     memory_kv, memory_mask = jax.tree.map(repeat, (memory_kv, padding_mask(src)))
 
     def next_logits(tokens, position, cache):
-        # This mask needs no causal one beside it: what is behind `position` is PAD.
-        self_mask = padding_mask(tokens[:, :max_len])
+        # What comes after `position` is PAD still, and so there is no need to mask it as
+        # future, too.
+        self_mask = padding_mask(tokens)
         last = tokens[:, position][:, None]  # [B * W, 1]
         inputs = last, self_mask, memory_kv, memory_mask, cache, position
         logits, cache = apply(*inputs, method="decode")
         return logits[:, 0], cache
 
     num_rows, num_heads, _, width = memory_kv[0][0].shape  # [B * W, H, S, K]
-    empty = jnp.zeros((num_rows, num_heads, max_len, width), memory_kv[0][0].dtype)
+    shape = num_rows, num_heads, max_len + 1, width
+    empty = jnp.zeros(shape, memory_kv[0][0].dtype)
     return next_logits, [(empty, empty) for _ in memory_kv]
 
 
@@ -692,8 +695,8 @@ def is_unfinished(carry):
 
 @partial(jax.jit, static_argnames=("model", "max_len"))
 def greedy_decode(model, params, src, max_len):
-    """Takes the likeliest token at every step, whichever it is: a model that has learnt
-    from targets without PAD and BOS inside will hardly choose these.
+    """Takes the likeliest token at every step. PAD and BOS are not ruled out: a model
+    that was trained finds them unlikely.
 
     src int [B, S] -> int32 [B, max_len], without BOS, PAD after EOS. Where the model's
     logits are NaN, the tokens are -1.
@@ -717,7 +720,8 @@ def best_continuations(log_p, ended, next_log_p):
     """Chooses the next W hypotheses of one source: the likeliest of all continuations.
 
     Args:
-      log_p: float32 [W], of the hypotheses so far; -inf marks a place without one.
+      log_p: float32 [W], of the hypotheses so far; -inf for a place that is empty, as
+        all but one are at the start.
       ended: bool [W], which of them have ended.
       next_log_p: float32 [W, V], of each next token.
 
@@ -729,6 +733,7 @@ def best_continuations(log_p, ended, next_log_p):
     # A hypothesis that has ended has one continuation, PAD, which costs nothing.
     pad_alone = jnp.where(jnp.arange(vocab_size) == PAD_ID, 0, -jnp.inf)  # [V]
     total = log_p[:, None] + jnp.where(ended[:, None], pad_alone, next_log_p)  # [W, V]
+    # To top_k, NaN is the highest. So NaN logits end up in log_p, and stay there.
     log_p, best = jax.lax.top_k(total.ravel(), beam_size)  # numbers 0 to W * V - 1
     return log_p, best // vocab_size, best % vocab_size
 
@@ -749,9 +754,9 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 
       tokens: int32 [B, W, max_len], without BOS, PAD after EOS, best first.
       scores: float32 [B, W], log P / ((5 + length) / 6)^alpha; EOS counts in length.
-        -inf marks a place left empty, where there are fewer than W different targets.
+        A place is left empty, with -inf, if there are fewer than W different targets.
 
-    For a source whose logits are NaN, the scores are NaN as well, and the tokens are -1.
+    Where the model's logits are NaN, so are the scores, and the tokens are -1.
     """
     next_logits, cache = start_decoding(model, params, src, max_len, beam_size)
     batch_size = src.shape[0]
@@ -786,14 +791,13 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 # ---- 10 Text -------------------------------------------------------------------------
 
 FIRST_MERGE_ID = FIRST_SYMBOL_ID + 256  # The symbols before it are the 256 bytes.
-# A word with the space before it. Of several spaces, all but the last are words as well.
+# A space belongs to the word after it: "a  b" has the words "a", " " and " b".
 WORD = re.compile(r" ?[^ ]+| ")
 
 
 def spell(word):
-    """The bytes of a word as tokens, each of them as the character chr(token).
-
-    Tokens are kept in a str because its `replace` merges pairs of them quickly.
+    """The bytes of a word as a str in which the character chr(token) stands for a token.
+    To merge a pair of tokens in it, str.replace is enough.
     """
     return "".join(chr(byte + FIRST_SYMBOL_ID) for byte in word.encode())
 
@@ -836,7 +840,7 @@ class Tokenizer:
         words = collections.Counter(w for text in texts for w in WORD.findall(text))
         spelled = {word: spell(word) for word in words}
         counts = collections.Counter()  # of each pair, in all texts
-        words_with = collections.defaultdict(set)  # the words that have or had a pair
+        words_with = collections.defaultdict(set)  # where each pair is to be looked for
 
         def count_pairs(word, times):
             for pair in itertools.pairwise(spelled[word]):
@@ -852,9 +856,9 @@ class Tokenizer:
                 break
             pair = min(pair for pair, number in counts.items() if number == highest)
             token = chr(FIRST_MERGE_ID + len(merges))
-            # The merge changes the words that have the pair, and no others. Their pairs
-            # before it are taken off the counts, and those after it are added.
-            for word in list(words_with[pair]):
+            # Only words with the pair change. The pairs that such a word had are taken
+            # off the counts, it is spelled anew, and the pairs that it has are counted.
+            for word in list(words_with[pair]):  # a copy, as count_pairs adds to sets
                 count_pairs(word, -words[word])
                 spelled[word] = spelled[word].replace("".join(pair), token)
                 count_pairs(word, words[word])
@@ -927,8 +931,9 @@ def read_pairs(path):
 
 
 def hold_out(pairs, limit, seed):
-    """Chooses pairs to measure on: of a tenth of the sources, but at most `limit`, chosen
-    at random, one pair each. No other pair of these sources may be trained on.
+    """Chooses pairs to measure on. A tenth of the sources are taken at random, at most
+    `limit` of them, and one pair of each. Training has to leave out all pairs that have
+    these sources.
     """
     targets = dict(pairs)  # a target for each source, the last one
     sources = list(targets)
@@ -961,8 +966,9 @@ def to_batch(pairs, width):
 def widths_of(rows, max_width):
     """The width that each row is padded to. There are few, as each is compiled for.
 
-    A row is a tuple of lists of tokens, such as a pair. Its width is max_width, or half
-    of it, a quarter and so on, down to 8, if that holds the longest list and EOS.
+    A row is a tuple of lists of tokens, such as a pair. The widths are max_width, half
+    of it, a quarter, and so on, as long as they are at least 8. A row gets the smallest
+    that has room for its longest list and EOS.
 
     >>> widths_of([([5] * 3, [5] * 20), ([5] * 8,), ([5],)], max_width=33)
     array([33, 16,  8])
@@ -975,11 +981,11 @@ def widths_of(rows, max_width):
 
 
 def batches_by_width(widths, batch_size, rng=None):
-    """Groups rows of these widths, so that those of a batch are of the same width, or
-    nearly all. Returns (numbers of the rows, width) of each batch.
+    """Groups rows, of which only the widths are given: sorts them by width, and cuts that
+    into batches. Returns (numbers of the rows, width of the widest) of each batch.
 
-    `rng` shuffles the rows and the batches. Some rows are left out then, others each
-    time, so that all batches are full.
+    `rng` shuffles the rows before, leaves out what would be less than a batch, and
+    shuffles the batches afterwards.
 
     >>> batches_by_width(np.array([8, 32, 16, 8]), batch_size=2)
     [(array([0, 3]), 8), (array([2, 1]), 32)]
@@ -1036,8 +1042,8 @@ def save_checkpoint(path, config, state, **notes):
     content = flax.serialization.msgpack_serialize(content)
     digest = hashlib.sha256(content).hexdigest()
     path = os.path.realpath(path)  # A symbolic link is to stay one.
-    # A process that was killed while it saved has left its temporary file there. It was
-    # not this minute's: saving takes seconds, and these are an hour old.
+    # A process that was killed while it saved has left its temporary file. If one is an
+    # hour old, it is such a file: saving takes seconds. A newer one may be in use.
     for old in glob.glob(f"{glob.escape(path)}.saving-{16 * '[0-9a-f]'}"):
         with contextlib.suppress(OSError):
             if time.time() - os.path.getmtime(old) > 3600:
@@ -1062,9 +1068,9 @@ def restore(path, template, content):
     Other names, shapes or types than the template's are an InputError.
     """
 
-    def describe(tree):
+    def describe(tree):  # from_state_dict compares names, but not shapes and types.
         tree = flax.serialization.to_state_dict(tree)
-        names = "shape", "dtype"  # which only arrays have
+        names = "shape", "dtype"  # None for what is no array
         return jax.tree.map(lambda x: [getattr(x, name, None) for name in names], tree)
 
     if describe(content) != describe(template):
@@ -1097,7 +1103,7 @@ def load_checkpoint(path):
     tokens = jnp.full((1, 1), BOS_ID)
     init = partial(Transformer(config).init, jax.random.key(0))
     params = jax.eval_shape(init, tokens, tokens)["params"]
-    restore(path, params, state.get("params"))  # to see if they fit
+    restore(path, params, state.get("params"))  # an error, if they do not fit
     return Checkpoint(config, state, notes, tokenizer)
 
 
@@ -1135,8 +1141,8 @@ def decode_all(model, params, sources, beam_size, short_len=32):
     outputs, longest = [None] * len(sources), model.config.max_len
     widths = widths_of([(source,) for source in sources], longest)
     for numbers, width in batches_by_width(widths, 64):
-        # Each number of rows is compiled for. So that there are few, the last batch is
-        # filled up with rows that it has already, to 1, 2, 4, 8, ... of them.
+        # Every number of rows is compiled for. To have few of them, a batch that is not
+        # full gets 1, 2, 4, 8, ... rows: np.resize repeats some.
         filled = np.resize(numbers, 2 ** (len(numbers) - 1).bit_length())
         src = pad([[*sources[i], EOS_ID] for i in filled], width)
         for max_len in sorted({min(short_len, longest), longest}):
@@ -1178,7 +1184,7 @@ def show_attention(model, params, tokenizer, source, target):
     _, variables = apply({"params": params}, src, tgt, mutable="intermediates")
     blocks = variables["intermediates"]["decoder"]
     last = blocks[f"blocks_{len(blocks) - 1}"]
-    (weights,) = last["cross_attention"]["weights"]  # of one call, [1, H, T, S]
+    (weights,) = last["cross_attention"]["weights"]  # [1, H, T, S]
     shades = " .:-=+*#%@"
     say("Cross-attention in the last block, the mean of its heads: source across,")
     say(f"output down, shaded from none to all like this: {shades!r}\n\n{header}")
@@ -1189,8 +1195,8 @@ def show_attention(model, params, tokenizer, source, target):
 
 
 def chunks_to_translate(texts):
-    """Yields lists of lines, as bytes: `texts`, or else those of stdin, of which a
-    terminal's come one by one, each after a prompt on stderr.
+    """Yields lists of lines, as bytes. Without `texts`, they are read from stdin; at a
+    terminal each line is a list of its own, with a prompt before it on stderr.
     """
     if texts:
         yield [os.fsencode(text) for text in texts]
@@ -1244,8 +1250,8 @@ def translate(args):
 
 # ---- 14 A training run ---------------------------------------------------------------
 
-# The options that the model and the order of its batches follow from. A run can only be
-# continued with the same ones; the others, such as the learning rate, are free.
+# What has to stay the same when a run is continued: the options that say how large the
+# model is, and which pairs are in which batch.
 FIXED = "post_norm d_model num_heads num_layers max_len vocab_size batch_size seed"
 
 
@@ -1263,20 +1269,19 @@ class Run:
 
 
 def choose_pairs(args, kept):
-    """Returns the pairs of texts to train on, and those to measure on.
-
-    Where a run is continued, `kept` are the pairs that it has been measured on, which
-    stay the same, whatever has become of the file; else `kept` is None.
+    """Returns the pairs of texts to train on, and those to measure on: `kept`, if a run
+    is continued that was measured on these, whatever has become of the file since.
     """
     if args.pairs:
-        pairs = read_pairs(args.pairs)
+        pairs, limit = read_pairs(args.pairs), 500
     else:
-        pairs = reversal_pairs(40_000, args.max_len, args.seed)
-    valid = read_pairs(args.valid) if args.valid else kept
-    if kept and valid != kept:
-        problem = f"not the pairs that {args.checkpoint} was measured on"
-        raise InputError(f"{args.valid}: {problem}")
-    valid = valid or hold_out(pairs, 500 if args.pairs else 512, args.seed)
+        pairs, limit = reversal_pairs(40_000, args.max_len, args.seed), 512
+    if kept:
+        valid = kept
+    elif args.valid:
+        valid = read_pairs(args.valid)
+    else:
+        valid = hold_out(pairs, limit, args.seed)
     sources = {source for source, _ in valid}
     return [pair for pair in pairs if pair[0] not in sources], valid
 
@@ -1313,7 +1318,7 @@ def make_config(args, vocab_size):
         num_layers=args.num_layers,
         d_ff=4 * args.d_model,
         dropout_rate=args.dropout,
-        max_len=args.max_len + 1,  # with EOS, or BOS
+        max_len=args.max_len + 1,  # --max-len counts neither BOS nor EOS
         norm_first=not args.post_norm,  # see section 15 for these defaults
         dtype="bfloat16" if args.bf16 else "float32",
     )
@@ -1333,15 +1338,17 @@ def begin(args, old=None):
         tokenizer = Tokenizer.learn(itertools.chain(*train_texts), args.vocab_size)
     train_pairs = encode_pairs(train_texts, tokenizer, args.max_len)
     valid_pairs = encode_pairs(valid_texts, tokenizer, args.max_len)
-    file, limit = args.pairs or "the demo", f"--max-len {args.max_len} tokens"
+    limit = f"--max-len {args.max_len} tokens"
     if not valid_pairs:
-        raise InputError(f"{args.valid or file}: no pair to measure on within {limit}")
-    total = len(train_texts) + len(valid_texts)
-    if num_long := total - len(train_pairs) - len(valid_pairs):
-        log(f"left out {num_long:,} of {total:,} pairs, longer than {limit}")
-    if args.batch_size > len(train_pairs):
-        of = f"{len(train_pairs)} of {total} pairs of {file}"
-        raise InputError(f"--batch-size {args.batch_size}: only {of} are to train on")
+        raise InputError(
+            f"{args.valid or args.pairs}: no pair to measure on within {limit}"
+        )
+    num_texts = len(train_texts) + len(valid_texts)
+    if num_long := num_texts - len(train_pairs) - len(valid_pairs):
+        log(f"left out {num_long:,} of {num_texts:,} pairs, longer than {limit}")
+    if args.batch_size > (number := len(train_pairs)):
+        of = f"only {number} pairs of {args.pairs or 'the demo'} are to train on"
+        raise InputError(f"--batch-size {args.batch_size}: {of}")
     config = make_config(args, tokenizer.vocab_size)
     optimizer = optax.adam(make_schedule(args), b1=0.9, b2=0.98, eps=1e-9)
     state = create_train_state(config, jax.random.key(args.seed), optimizer)
@@ -1350,7 +1357,7 @@ def begin(args, old=None):
         "steps": args.steps,
         "valid_pairs": [list(pair) for pair in valid_texts],
         "digest": hashlib.sha256(repr(train_pairs).encode()).hexdigest(),
-        "loss": float("inf"),  # of the model that is saved; it has not learnt yet
+        "loss": float("inf"),  # of the last batch before it was saved; none so far
         "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
     }
     model = Transformer(config)
@@ -1360,14 +1367,16 @@ def begin(args, old=None):
 def resume(args, old):
     """Returns the Run that goes on from the Checkpoint `old`, if the options allow it."""
     path, notes = args.checkpoint, old.notes
-    kinds = {"options": dict, "steps": int, "valid_pairs": list, "digest": str}
-    kinds["loss"] = float
+    kinds = {"options": dict, "steps": int, "valid_pairs": list}
+    kinds |= {"digest": str, "loss": float}
     if not all(isinstance(notes.get(name), kind) for name, kind in kinds.items()):
         raise InputError(f"{path}: cannot continue: not saved by a training run")
     for name, here in fixed_options(args).items():
         if (there := notes["options"].get(name)) != here:
             change = f"{name} is {there} there and {here} here"
             raise InputError(f"{path}: cannot continue: {change}")
+    if args.valid and [*map(list, read_pairs(args.valid))] != notes["valid_pairs"]:
+        raise InputError(f"{args.valid}: not the pairs that {path} was measured on")
     run = begin(args, old)
     run.state = restore(path, run.state, old.state)
     run.notes["loss"] = notes["loss"]
@@ -1402,7 +1411,7 @@ def evaluate(run, num_shown, file=None):
     """
     if jax.process_index() != 0:
         return np.nan
-    state = run.state.replace(opt_state=())  # Adam's averages can stay where they are.
+    state = run.state.replace(opt_state=())  # which is large, and not needed
     state = jax.device_put(jax.device_get(state), jax.local_devices()[0])
     pairs, losses, num_labels = run.valid_pairs, [], []
     widths = widths_of(pairs, run.model.config.max_len)
@@ -1423,17 +1432,9 @@ def evaluate(run, num_shown, file=None):
     return loss
 
 
-def save(run, loss):
-    """Saves a checkpoint, if the options name one. `loss` is the latest, of one batch.
-
-    When training fails, the loss rises above ln V, that of an even guess among all
-    tokens. Such a model does not replace a better one.
-    """
-    even_guess = np.log(run.model.config.tgt_vocab_size)
-    if loss > even_guess and run.notes["loss"] <= even_guess:
-        log(f"not saved: the loss is above {even_guess:.4f}, that of an even guess")
-    elif run.args.checkpoint and jax.process_index() == 0:
-        run.notes["loss"] = loss
+def save(run):
+    """Saves a checkpoint, if the options name one."""
+    if run.args.checkpoint and jax.process_index() == 0:
         path = run.args.checkpoint
         try:
             save_checkpoint(path, run.model.config, run.state, **run.notes)
@@ -1450,7 +1451,7 @@ def saved_so_far(path):
 
 
 def report(run, step, metrics, speed, tokens_per_second):
-    """Saves, and prints a line of progress after so many steps. `metrics` are those of
+    """Saves the run at this step, and prints a line of progress. `metrics` are those of
     the last step, `speed` is in steps a second. Returns the loss.
     """
     loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
@@ -1459,7 +1460,14 @@ def report(run, step, metrics, speed, tokens_per_second):
         what = f"loss {loss:.4g}, norm of the parameters {norm:.4g}"
         advice = f"try a lower --learning-rate{saved_so_far(run.args.checkpoint)}"
         raise RunError(f"not finite at step {step}: {what}; {advice}")
-    save(run, loss)
+    # If training goes wrong, the loss rises, perhaps above ln V, the loss of guessing.
+    # Such a model does not replace one that was better.
+    guessing = np.log(run.model.config.tgt_vocab_size)
+    if loss > guessing and run.notes["loss"] <= guessing:
+        log(f"not saved: the loss is above {guessing:.4f}, that of guessing")
+    else:
+        run.notes["loss"] = loss
+        save(run)
     steps = run.args.steps
     left = round((steps - step) / speed)
     log(
@@ -1488,23 +1496,22 @@ def train_to_the_end(run, sharding):
             name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
             for name, x in batch.items()
         }
-        # The batch was made while the device did the step before. That has to be done
-        # now: with more steps under way, processes on CPUs would block each other.
+        # While the device did the step before, this loop has made a batch. Now it waits
+        # for that step: with more under way, processes on CPUs would block each other.
         jax.block_until_ready(metrics)
         run.state, metrics = train_step(run.state, batch, args.label_smoothing)
-        # Of several processes, each looks at its own clock. A report that one makes and
-        # another does not is no harm: the others wait for it in the next step.
-        seconds = time.perf_counter() - since
-        if step % every and step < args.steps and seconds < 60:
-            continue
-        speeds = num_steps / seconds, num_tokens / seconds
-        losses.append(report(run, step, metrics, *speeds))
-        if step % (5 * every) == 0 and step < args.steps:
-            unseen, seen = evaluate(run, 3, sys.stderr), np.mean(losses)
-            if unseen > last_unseen and seen < last_seen:
-                log("the loss on unseen pairs has risen, that on training pairs fallen")
-            last_unseen, last_seen, losses = unseen, seen, []
-        since, num_steps, num_tokens = time.perf_counter(), 0, 0
+        seconds, is_last = time.perf_counter() - since, step == args.steps
+        # Of several processes, each looks at its own clock, and one may report where
+        # another does not. A report needs nothing from the others.
+        if step % every == 0 or is_last or seconds > 60:
+            speeds = num_steps / seconds, num_tokens / seconds
+            losses.append(report(run, step, metrics, *speeds))
+            if step % (5 * every) == 0 and not is_last:
+                unseen, seen = evaluate(run, 3, sys.stderr), np.mean(losses)
+                if unseen > last_unseen and seen < last_seen:
+                    log("the loss on unseen pairs has risen, on training pairs fallen")
+                last_unseen, last_seen, losses = unseen, seen, []
+            since, num_steps, num_tokens = time.perf_counter(), 0, 0
 
 
 def train(args):
@@ -1518,15 +1525,16 @@ def train(args):
     else:
         run = begin(args)
         try:  # If nothing can be written there, that is to be known before training.
-            save(run, np.inf)
+            save(run)
         except RunError as error:
             raise InputError(error) from None
     show_model(run.model.config, run.state.params, mesh)
     if run.state.step >= args.steps:
         has = f"{args.checkpoint} has {run.state.step} steps"
         log(f"{has}: --steps {args.steps} adds none")
-    # Every device gets the whole state, and its part of each batch. From that, jit makes
-    # train_step add up the gradients of all devices.
+    # Every device gets the whole state, and its part of each batch. To train_step, the
+    # parts are one array: it takes the mean over the labels of all devices, and jit adds
+    # the communication which that needs.
     run.state = jax.device_put(run.state, NamedSharding(mesh, PartitionSpec()))
     train_to_the_end(run, NamedSharding(mesh, PartitionSpec("data")))
     say()
@@ -1620,8 +1628,8 @@ def make_parser():
 
 def parse_arguments(argv):
     """Returns the options, checked and complete."""
-    # The parser does not get to see the texts to translate, as it would take a text that
-    # begins with a dash for an option. They end at the next word with two dashes.
+    # argparse would take a text with a dash at its start for an option. So the texts are
+    # taken out before: all words after --translate, up to one with two dashes.
     start = argv.index("--translate") + 1 if "--translate" in argv else len(argv)
     texts = [*itertools.takewhile(lambda text: text[:2] != "--", argv[start:])]
     others = [*argv[:start], *argv[start + len(texts) :]]
@@ -1655,8 +1663,9 @@ def start_jax(is_distributed):
     try:
         if is_distributed:
             job = {k: int(os.environ[v]) for k, v in names.items() if v in os.environ}
-            with contextlib.suppress(AttributeError):  # unknown to older versions
-                # This service would keep SIGTERM from ending a process.
+            # JAX has a service that keeps SIGTERM from ending a process. Older versions
+            # do not know the option that turns it off.
+            with contextlib.suppress(AttributeError):
                 jax.config.update("jax_enable_preemption_service", False)
             jax.distributed.initialize(**job)
         jax.devices()
@@ -1673,7 +1682,9 @@ def fail(status, message=None):
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # Left open, it would fail once more when Python exits.
+        except (
+            OSError
+        ):  # If it stayed open, Python would try again at its end, and fail.
             with contextlib.suppress(OSError):
                 stream.close()
     return status
@@ -1686,7 +1697,7 @@ def main(argv=None):
     such as a loss that is no longer finite.
     """
     if sys.stdout is None or sys.stderr is None:
-        # Where stderr is the closed one, print takes stdout for it.
+        # If stderr is None, print writes to stdout.
         print("error: stdout or stderr is closed", file=sys.stderr)
         return 1
     for stream in (sys.stdout, sys.stderr):
@@ -1710,7 +1721,8 @@ def main(argv=None):
             return fail(0)  # `... | head` has read enough.
         return fail(1, f"nobody reads the output{saved_so_far(args.checkpoint)}")
     except OSError as error:
-        # Files that are named are the user's, what has no name is stdout or stderr.
+        # An error with a file name is about a file that the user named, one without is
+        # about stdout or stderr.
         message = f"{error.filename or 'output'}: {error.strerror}"
         return fail(2 if error.filename else 1, message)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:

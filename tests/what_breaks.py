@@ -68,8 +68,8 @@ CHANGES = [
     ("pre-norm", "", "--post-norm"),  # an option, and no change
     (
         "warm-up",
-        "*rates, args.steps // 10, args.steps",
-        "*rates, 0, args.steps",
+        "warmup_steps=args.steps // 10,",
+        "warmup_steps=0,",
     ),
     (
         "label shift",
