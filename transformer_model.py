@@ -20,14 +20,13 @@ Shapes are written with the same letters everywhere:
     L  any length
 
 A token is an integer, its place in the vocabulary. A mask is boolean, True where
-attention is allowed. `kv` names a pair: the keys and the values, both [B, H, L, K].
+attention is allowed. `kv` is a pair, the keys and the values, each [B, H, L, K].
 """
 
 import signal
 
 if __name__ == "__main__":
-    # The imports below take seconds. If Ctrl-C comes meanwhile, Python would print a
-    # traceback; with this, the program just ends. Later on, `main` sees to Ctrl-C.
+    # Ctrl-C during the imports, which take seconds, ends the program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -95,10 +94,9 @@ class TransformerConfig:
 
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            # An int will do for a float, but not True, which to isinstance is an int.
-            is_number = field.type is float and type(value) is int
-            is_type = type(value) is field.type or is_number
-            require(field.name, is_type, f"of type {field.type.__name__}")
+            # An int may stand for a float. (To isinstance, True would be an int.)
+            kinds = [int, float] if field.type is float else [field.type]
+            require(field.name, type(value) in kinds, f"of type {field.type.__name__}")
             if field.type is int:
                 # A vocabulary holds the three special tokens and at least one symbol.
                 least = FIRST_SYMBOL_ID + 1 if "vocab" in field.name else 1
@@ -197,8 +195,7 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # A key whose mask is False gets the weight 0. If all of a query's are False, so do
-    # all, where a softmax written by hand would divide 0 by 0.
+    # With `where`, keys that are masked get the weight 0, even if all of a query's are.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -226,8 +223,8 @@ class MultiHeadAttention(nn.Module):
     head_i = Attention(x W_i^Q, memory W_i^K, memory W_i^V)
     MultiHead(x, memory) = Concat(head_1, ..., head_H) W^O
 
-    The H matrices W_i^Q, each D x K, are the columns of one D x D matrix, and so are the
-    W_i^K and the W_i^V. The attention weights go to Flax's collection "intermediates".
+    The W_i^Q of all heads, D x K each, stand side by side in one D x D matrix, and so do
+    the W_i^K and the W_i^V. The attention weights go to Flax's collection "intermediates".
     """
 
     config: TransformerConfig
@@ -253,7 +250,7 @@ class MultiHeadAttention(nn.Module):
         return self.output(heads.swapaxes(1, 2).reshape(x.shape))  # concatenates
 
     def split_heads(self, x):
-        """x [B, L, D] -> [B, H, L, K]: head i gets the i-th K of the D columns."""
+        """x [B, L, D] -> [B, H, L, K]: every head gets K neighbouring columns of x."""
         return x.reshape(*x.shape[:2], self.config.num_heads, -1).swapaxes(1, 2)
 
 
@@ -340,16 +337,16 @@ class DecoderBlock(nn.Module):
 
     def __call__(self, x, self_mask, memory_kv, memory_mask, cache=None, start=0):
         """In training, x is a whole target. In decoding it is one token, T = 1, and the
-        kv of the tokens before it comes from a cache. The cache is [B, H, L, K] because
-        attention multiplies head by head. XLA would transpose one that is [B, L, H, K]
-        at every token.
+        keys and values of the tokens before it come from a cache.
 
         Args:
           x: [B, T, D].
           self_mask: broadcastable to [B, H, T, T], with a cache to [B, H, T, L].
           memory_kv: cross_attention.project_kv(memory), of length S.
           memory_mask: broadcastable to [B, H, T, S].
-          cache: a kv of length L, in which the positions before `start` are filled.
+          cache: a kv of length L, in which the positions before `start` are filled. It
+            is kept as attention reads it: XLA would transpose any other layout, all of
+            it at every token.
           start: the position of the first token of x.
 
         Returns:
@@ -427,9 +424,12 @@ class Transformer(nn.Module):
         variables = model.init(jax.random.key(0), src, tgt)  # {"params": ...}
         logits = model.apply(variables, src, tgt)
 
-    Dropout is on if `apply` gets rngs={"dropout": key}. The attention weights come with
-    mutable=["intermediates"]: `apply` returns logits and {"intermediates": tree}, where
-    tree["decoder"]["blocks_0"]["cross_attention"]["weights"] is (weights,), for one.
+    Dropout is on if `apply` gets rngs={"dropout": key}. To get the attention weights as
+    well, of a decoder block's attention to the source, for example:
+
+        logits, more = model.apply(variables, src, tgt, mutable=["intermediates"])
+        block = more["intermediates"]["decoder"]["blocks_0"]
+        (weights,) = block["cross_attention"]["weights"]  # [B, H, T, S]
 
     The tree of the parameters:
 
@@ -542,7 +542,7 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
     if logits.shape[:-1] != labels.shape:
         got = f"{logits.shape} and {labels.shape}"
         raise ValueError(f"logits and labels must be [B, T, V] and [B, T], got {got}")
-    # In a jitted function it may be a tracer, whose value is not known here.
+    # (Where jit traces label_smoothing, it has no value to check.)
     is_number = isinstance(label_smoothing, (int, float))
     if is_number and not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be 0 to 1, not {label_smoothing}")
@@ -593,13 +593,14 @@ def create_train_state(config, key, optimizer=None):
     tokens = jnp.full((1, 1), BOS_ID)
     params = jax.jit(model.init)(params_key, tokens, tokens)["params"]
     return TrainState(
-        # Not a plain 0: train_step returns an array, for which jit would compile again.
+        # With the int 0, jit would compile train_step again for its second call, which
+        # gets the array that the first one returned.
         step=jnp.zeros((), jnp.int32),
         apply_fn=model.apply,
         params=params,
         tx=optimizer,
         opt_state=optimizer.init(params),
-        dropout_key=jax.random.key_data(dropout_key),  # integers, so that it is saved
+        dropout_key=jax.random.key_data(dropout_key),  # integers, which can be saved
     )
 
 
@@ -644,16 +645,14 @@ def eval_step(state, batch):
 
 
 def start_decoding(model, params, src, max_len, beam_size=1):
-    """Encodes src, int [B, S], and returns what a search needs: a function and a cache.
-
-    A search decodes B * W targets side by side, each source's W = `beam_size` in
-    neighbouring rows. At each position it calls the function once:
+    """Encodes src, int [B, S], and returns (next_logits, cache), to decode step by step:
 
         logits, cache = next_logits(tokens, position, cache)
 
-    tokens, int [B * W, max_len + 1], are BOS, the tokens decoded so far, up to
-    `position`, and then PAD. The logits, float32 [B * W, V], are for the next token. The
-    cache, at first empty, is the `Decoder`'s, with as many positions as tokens has.
+    tokens, int [B * W, max_len + 1], has W = `beam_size` neighbouring rows for each
+    source: BOS, the tokens decoded so far, the last at `position`, and then PAD. The
+    logits, float32 [B * W, V], are for the token after that. The cache is the
+    `Decoder`'s, with as many positions as `tokens`. The one returned here is empty.
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -666,8 +665,7 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     memory_kv, memory_mask = jax.tree.map(repeat, (memory_kv, padding_mask(src)))
 
     def next_logits(tokens, position, cache):
-        # What comes after `position` is PAD still, and so there is no need to mask it as
-        # future, too.
+        # All tokens after `position` are PAD. So there is nothing for a causal mask to do.
         self_mask = padding_mask(tokens)
         last = tokens[:, position][:, None]  # [B * W, 1]
         inputs = last, self_mask, memory_kv, memory_mask, cache, position
@@ -695,8 +693,7 @@ def is_unfinished(carry):
 
 @partial(jax.jit, static_argnames=("model", "max_len"))
 def greedy_decode(model, params, src, max_len):
-    """Takes the likeliest token at every step. PAD and BOS are not ruled out: a model
-    that was trained finds them unlikely.
+    """Takes the likeliest token at every step.
 
     src int [B, S] -> int32 [B, max_len], without BOS, PAD after EOS. Where the model's
     logits are NaN, the tokens are -1.
@@ -720,8 +717,7 @@ def best_continuations(log_p, ended, next_log_p):
     """Chooses the next W hypotheses of one source: the likeliest of all continuations.
 
     Args:
-      log_p: float32 [W], of the hypotheses so far; -inf for a place that is empty, as
-        all but one are at the start.
+      log_p: float32 [W], of the hypotheses so far.
       ended: bool [W], which of them have ended.
       next_log_p: float32 [W, V], of each next token.
 
@@ -733,7 +729,6 @@ def best_continuations(log_p, ended, next_log_p):
     # A hypothesis that has ended has one continuation, PAD, which costs nothing.
     pad_alone = jnp.where(jnp.arange(vocab_size) == PAD_ID, 0, -jnp.inf)  # [V]
     total = log_p[:, None] + jnp.where(ended[:, None], pad_alone, next_log_p)  # [W, V]
-    # To top_k, NaN is the highest. So NaN logits end up in log_p, and stay there.
     log_p, best = jax.lax.top_k(total.ravel(), beam_size)  # numbers 0 to W * V - 1
     return log_p, best // vocab_size, best % vocab_size
 
@@ -754,38 +749,39 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 
       tokens: int32 [B, W, max_len], without BOS, PAD after EOS, best first.
       scores: float32 [B, W], log P / ((5 + length) / 6)^alpha; EOS counts in length.
-        A place is left empty, with -inf, if there are fewer than W different targets.
 
     Where the model's logits are NaN, so are the scores, and the tokens are -1.
     """
     next_logits, cache = start_decoding(model, params, src, max_len, beam_size)
-    batch_size = src.shape[0]
-    rows = jnp.arange(batch_size)[:, None]  # [B, 1]
+    shape = src.shape[0], beam_size
+    first_rows = jnp.arange(shape[0])[:, None] * beam_size  # of each source, [B, 1]
 
     def step(carry):
-        position, tokens, log_p, cache = carry  # tokens [B, W, max_len + 1]
-        logits, cache = next_logits(tokens.reshape(-1, max_len + 1), position, cache)
-        next_log_p = jax.nn.log_softmax(logits).reshape(batch_size, beam_size, -1)
+        position, tokens, log_p, cache = carry  # log_p [B, W]
+        logits, cache = next_logits(tokens, position, cache)
+        next_log_p = jax.nn.log_softmax(logits).reshape(*shape, -1)
         choose = jax.vmap(best_continuations)  # source by source
-        log_p, parent, token = choose(log_p, has_ended(tokens), next_log_p)
-        tokens = tokens[rows, parent].at[:, :, position + 1].set(token)
-        # A hypothesis goes on with the cache of its parent. The memory's kv stays as it
-        # is, the same for all hypotheses of a source.
-        row_of_parent = (rows * beam_size + parent).ravel()  # [B * W]
-        cache = jax.tree.map(lambda x: x[row_of_parent], cache)
+        ended = has_ended(tokens).reshape(shape)
+        log_p, parent, token = choose(log_p, ended, next_log_p)  # all [B, W]
+        # A hypothesis goes on with its parent's tokens and cache. The memory's kv is the
+        # same for all hypotheses of a source.
+        row = (first_rows + parent).ravel()  # of the parent, [B * W]
+        tokens, cache = jax.tree.map(lambda x: x[row], (tokens, cache))
+        tokens = tokens.at[:, position + 1].set(token.ravel())
         return position + 1, tokens, log_p, cache
 
-    tokens = jnp.full((batch_size, beam_size, max_len + 1), PAD_ID)
-    tokens = tokens.at[:, :, 0].set(BOS_ID)
+    num_rows = src.shape[0] * beam_size
+    tokens = jnp.full((num_rows, max_len + 1), PAD_ID).at[:, 0].set(BOS_ID)
     # All hypotheses start out alike, so only the first may be continued.
-    log_p = jnp.full((batch_size, beam_size), -jnp.inf).at[:, 0].set(0)
+    log_p = jnp.full(shape, -jnp.inf).at[:, 0].set(0)
     carry = 0, tokens, log_p, cache
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
-    tokens = tokens[:, :, 1:]  # without BOS
+    tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
     order = jnp.argsort(-scores, axis=1)
-    return tokens[rows, order], scores[rows, order]
+    scores = jnp.take_along_axis(scores, order, axis=1)
+    return jnp.take_along_axis(tokens, order[..., None], axis=1), scores
 
 
 # ---- 10 Text -------------------------------------------------------------------------
@@ -839,16 +835,21 @@ class Tokenizer:
             raise InputError(f"{least}, not {vocab_size}")
         words = collections.Counter(w for text in texts for w in WORD.findall(text))
         spelled = {word: spell(word) for word in words}
-        counts = collections.Counter()  # of each pair, in all texts
-        words_with = collections.defaultdict(set)  # where each pair is to be looked for
+        counts = collections.Counter()  # how often each pair occurs in all texts
+        words_with = collections.defaultdict(set)  # the words that each pair occurs in
 
-        def count_pairs(word, times):
+        def add(word):
             for pair in itertools.pairwise(spelled[word]):
-                counts[pair] += times
+                counts[pair] += words[word]
                 words_with[pair].add(word)
 
-        for word, times in words.items():
-            count_pairs(word, times)
+        def remove(word):
+            for pair in itertools.pairwise(spelled[word]):
+                counts[pair] -= words[word]
+                words_with[pair].discard(word)
+
+        for word in words:
+            add(word)
         merges = []
         while FIRST_MERGE_ID + len(merges) < vocab_size:
             highest = max(counts.values(), default=0)
@@ -856,12 +857,10 @@ class Tokenizer:
                 break
             pair = min(pair for pair, number in counts.items() if number == highest)
             token = chr(FIRST_MERGE_ID + len(merges))
-            # Only words with the pair change. The pairs that such a word had are taken
-            # off the counts, it is spelled anew, and the pairs that it has are counted.
-            for word in list(words_with[pair]):  # a copy, as count_pairs adds to sets
-                count_pairs(word, -words[word])
+            for word in list(words_with[pair]):  # The others stay as they are.
+                remove(word)
                 spelled[word] = spelled[word].replace("".join(pair), token)
-                count_pairs(word, words[word])
+                add(word)
             merges.append(tuple(map(ord, pair)))
         return cls(merges)
 
@@ -1250,8 +1249,8 @@ def translate(args):
 
 # ---- 14 A training run ---------------------------------------------------------------
 
-# What has to stay the same when a run is continued: the options that say how large the
-# model is, and which pairs are in which batch.
+# The options that the model and the order of its batches follow from. They have to stay
+# the same when a run is continued.
 FIXED = "post_norm d_model num_heads num_layers max_len vocab_size batch_size seed"
 
 
@@ -1269,8 +1268,9 @@ class Run:
 
 
 def choose_pairs(args, kept):
-    """Returns the pairs of texts to train on, and those to measure on: `kept`, if a run
-    is continued that was measured on these, whatever has become of the file since.
+    """Returns the pairs of texts to train on, and those to measure on.
+
+    A run that is continued has been measured on the pairs `kept`, and still is.
     """
     if args.pairs:
         pairs, limit = read_pairs(args.pairs), 500
@@ -1406,11 +1406,8 @@ def show_model(config, params, mesh):
 
 
 def evaluate(run, num_shown, file=None):
-    """Prints the score on unseen pairs, and some of them; returns their loss. Of several
-    processes, the first does it, on one device.
-    """
-    if jax.process_index() != 0:
-        return np.nan
+    """Prints the score on unseen pairs, and some of them; returns their loss."""
+    # On one device, as there may be processes that do not take part in this.
     state = run.state.replace(opt_state=())  # which is large, and not needed
     state = jax.device_put(jax.device_get(state), jax.local_devices()[0])
     pairs, losses, num_labels = run.valid_pairs, [], []
@@ -1433,9 +1430,9 @@ def evaluate(run, num_shown, file=None):
 
 
 def save(run):
-    """Saves a checkpoint, if the options name one."""
-    if run.args.checkpoint and jax.process_index() == 0:
-        path = run.args.checkpoint
+    """Saves a checkpoint, if the options name one. Of several processes, the first does."""
+    path = run.args.checkpoint
+    if path and jax.process_index() == 0:
         try:
             save_checkpoint(path, run.model.config, run.state, **run.notes)
         except OSError as error:
@@ -1455,11 +1452,11 @@ def report(run, step, metrics, speed, tokens_per_second):
     the last step, `speed` is in steps a second. Returns the loss.
     """
     loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
-    norm = float(optax.tree.norm(run.state.params))
-    if not np.isfinite([loss, norm]).all():
-        what = f"loss {loss:.4g}, norm of the parameters {norm:.4g}"
-        advice = f"try a lower --learning-rate{saved_so_far(run.args.checkpoint)}"
-        raise RunError(f"not finite at step {step}: {what}; {advice}")
+    values = loss, *jax.tree.leaves(jax.device_get(run.state.params))
+    if not all(np.isfinite(x).all() for x in values):
+        saved = saved_so_far(run.args.checkpoint)
+        what = f"not finite at step {step}: the loss ({loss:.4g}) or a parameter"
+        raise RunError(f"{what}; try a lower --learning-rate{saved}")
     # If training goes wrong, the loss rises, perhaps above ln V, the loss of guessing.
     # Such a model does not replace one that was better.
     guessing = np.log(run.model.config.tgt_vocab_size)
@@ -1479,8 +1476,8 @@ def report(run, step, metrics, speed, tokens_per_second):
 
 
 def train_to_the_end(run, sharding):
-    """Does the steps that are left, with a report now and then, and at least one a
-    minute. `sharding` says which part of a batch each device gets.
+    """Does the steps that are left. The first process reports now and then, at least
+    once a minute. `sharding` says which part of a batch each device gets.
     """
     args, start, max_len = run.args, int(run.state.step), run.model.config.max_len
     batches = training_batches(
@@ -1501,9 +1498,8 @@ def train_to_the_end(run, sharding):
         jax.block_until_ready(metrics)
         run.state, metrics = train_step(run.state, batch, args.label_smoothing)
         seconds, is_last = time.perf_counter() - since, step == args.steps
-        # Of several processes, each looks at its own clock, and one may report where
-        # another does not. A report needs nothing from the others.
-        if step % every == 0 or is_last or seconds > 60:
+        is_due = step % every == 0 or is_last or seconds > 60
+        if is_due and jax.process_index() == 0:
             speeds = num_steps / seconds, num_tokens / seconds
             losses.append(report(run, step, metrics, *speeds))
             if step % (5 * every) == 0 and not is_last:
@@ -1537,11 +1533,12 @@ def train(args):
     # the communication which that needs.
     run.state = jax.device_put(run.state, NamedSharding(mesh, PartitionSpec()))
     train_to_the_end(run, NamedSharding(mesh, PartitionSpec("data")))
-    say()
-    evaluate(run, 6)
-    say()
-    params = jax.device_get(run.state.params)
-    show_attention(run.model, params, run.tokenizer, *run.valid_pairs[0])
+    if jax.process_index() == 0:
+        say()
+        evaluate(run, 6)
+        say()
+        params = jax.device_get(run.state.params)
+        show_attention(run.model, params, run.tokenizer, *run.valid_pairs[0])
     return 0
 
 
@@ -1556,11 +1553,12 @@ KINDS = {
     "share": (float, "a number from 0 to below 1", lambda x: 0 <= x < 1),
     "seed": (int, "an integer from 0 to 2^32 - 1", lambda n: 0 <= n < 2**32),
 }
-# For each option: its kind, its default in the demo, its default with --pairs, and what
-# it means. The paper's models are large and learn for days on eight GPUs. These are to
-# learn in minutes. So their learning rate is high, which pre-norm bears after a short
-# warm-up (Xiong et al., 2020). And there is no dropout: it slows learning down, and is
-# worth that only where every pair is seen many times.
+# The defaults are not the paper's, whose models are large and learn for days on eight
+# GPUs. Minutes have to be enough here. So the learning rate is high, which pre-norm bears
+# after a short warm-up (Xiong et al., 2020). And there is no dropout: it slows learning
+# down, and is worth that only where every pair is seen many times.
+#
+# name: (kind, default of the demo, default with --pairs, what the option means)
 OPTIONS = {
     "pairs": ("file", None, None, "learn from its lines, source<TAB>target"),
     "valid": ("file", None, None, "measure on these pairs, not some of --pairs"),

@@ -8,10 +8,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Compilation is most of the time of the tests. The cache serves the processes that the
-# tests start as well, and is empty again for the next run.
-_cache = tempfile.TemporaryDirectory()
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+# Compilation is most of the time of the tests. The cache serves all workers, and the
+# processes that the tests start as well. It is empty again for the next run.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # It is also less than half as long if XLA does not optimise. Set this to 0 to test the
 # code as it runs outside of the tests.

@@ -67,7 +67,6 @@ sys.exit(tm.main(sys.argv[2:]))
         (signal.SIGINT, "training"),
         (signal.SIGINT, "saving"),
         (signal.SIGTERM, "training"),
-        (signal.SIGHUP, "saving"),
         (signal.SIGKILL, "saving"),
     ],
 )
