@@ -3,7 +3,7 @@
 The complete encoder-decoder model with its training and its inference, in the order of
 the paper (arXiv:1706.03762), to which "section", "Eq.", "Table" and "Figure" refer.
 
-    python transformer_model.py                     learn to reverse words, and show it
+    python transformer_model.py                     learn a toy task, and show it
     python transformer_model.py --pairs pairs.tsv   learn from your own sentence pairs
     python transformer_model.py --help              everything else
 
@@ -887,7 +887,7 @@ class Tokenizer:
 
 
 def reversal_pairs(num_pairs, max_len, seed):
-    """Different random words of 4 to max_len letters, each with its reversal."""
+    """The toy task: different random words of 4 to max_len letters, and each reversed."""
     rng = np.random.default_rng(seed)
     words = {}  # not a set, whose order changes from run to run
     while len(words) < num_pairs:
@@ -1295,7 +1295,7 @@ def encode_pairs(pairs, tokenizer, max_len):
 def fixed_options(args):
     """The options that have to be the same when a run is continued, and the task."""
     options = {name: getattr(args, name) for name in FIXED.split()}
-    return options | {"task": "pairs" if args.pairs else "reversal"}
+    return options | {"task": "pairs" if args.pairs else "demo"}
 
 
 def make_schedule(args):
@@ -1497,9 +1497,11 @@ def train_to_the_end(run, sharding):
         # for that step: with more under way, processes on CPUs would block each other.
         jax.block_until_ready(metrics)
         run.state, metrics = train_step(run.state, batch, args.label_smoothing)
-        seconds, is_last = time.perf_counter() - since, step == args.steps
-        is_due = step % every == 0 or is_last or seconds > 60
+        is_last, is_late = step == args.steps, time.perf_counter() - since > 60
+        is_due = step % every == 0 or is_last or is_late
         if is_due and jax.process_index() == 0:
+            jax.block_until_ready(metrics)
+            seconds = time.perf_counter() - since
             speeds = num_steps / seconds, num_tokens / seconds
             losses.append(report(run, step, metrics, *speeds))
             if step % (5 * every) == 0 and not is_last:
@@ -1511,7 +1513,7 @@ def train_to_the_end(run, sharding):
 
 
 def train(args):
-    """Trains on the pairs of a file, or on words to reverse, and shows what was learnt."""
+    """Trains on the pairs of a file, or on the demo's, and shows what was learnt."""
     mesh = Mesh(jax.devices(), ("data",))
     if args.batch_size % mesh.size:
         problem = f"cannot be shared out evenly among {mesh.size} devices"
@@ -1607,7 +1609,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     """Returns a parser whose results are the options that are given, and no others."""
-    description = "The Transformer. Without options, the demo: learns to reverse words."
+    description = "The Transformer. Without options, the demo: learns a toy task."
     omit = argparse.SUPPRESS
     parser = Parser(description=description, allow_abbrev=False, argument_default=omit)
     text = "translate, and exit; without TEXT, the lines of stdin"
@@ -1647,7 +1649,7 @@ def parse_arguments(argv):
         if args.checkpoint is None:
             raise InputError("--translate needs --checkpoint FILE")
     elif not has_pairs and args.max_len < 4:
-        raise InputError("--max-len must be at least 4 to reverse words")
+        raise InputError("--max-len must be at least 4 in the demo")
     return args
 
 

@@ -215,7 +215,7 @@ def test_continuing_is_refused_where_something_differs(capsys, checkpoint, pairs
         ([*pairs, "--max-len", 9], ["max_len is 7 there and 9 here"]),
         ([*pairs, "--post-norm"], ["post_norm is False there and True here"]),
         ([*pairs, "--valid", pairs_file], [pairs_file]),
-        ([*here[:4], *LEARN[:-2]], ["task is pairs there and reversal here"]),
+        ([*here[:4], *LEARN[:-2]], ["task is pairs there and demo here"]),
     ]:
         assert_refused(run(capsys, *args), checkpoint, *words)
         assert checkpoint.read_bytes() == before
