@@ -94,7 +94,8 @@ class TransformerConfig:
 
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            # An int may stand for a float. (To isinstance, True would be an int.)
+            # The exact type counts, as True is an instance of int. An int may stand for
+            # a float.
             kinds = [int, float] if field.type is float else [field.type]
             require(field.name, type(value) in kinds, f"of type {field.type.__name__}")
             if field.type is int:
@@ -195,7 +196,7 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # With `where`, keys that are masked get the weight 0, even if all of a query's are.
+    # Masked keys get the weight 0. So do all keys of a query that has no others.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -344,9 +345,9 @@ class DecoderBlock(nn.Module):
           self_mask: broadcastable to [B, H, T, T], with a cache to [B, H, T, L].
           memory_kv: cross_attention.project_kv(memory), of length S.
           memory_mask: broadcastable to [B, H, T, S].
-          cache: a kv of length L, in which the positions before `start` are filled. It
-            is kept as attention reads it: XLA would transpose any other layout, all of
-            it at every token.
+          cache: a kv of length L, filled up to `start`. Its layout is the one in which
+            attention reads it, [B, H, L, K]: from any other, XLA would transpose the
+            whole cache at every token.
           start: the position of the first token of x.
 
         Returns:
@@ -542,7 +543,7 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
     if logits.shape[:-1] != labels.shape:
         got = f"{logits.shape} and {labels.shape}"
         raise ValueError(f"logits and labels must be [B, T, V] and [B, T], got {got}")
-    # (Where jit traces label_smoothing, it has no value to check.)
+    # If a caller jits this function, label_smoothing may have no value to check.
     is_number = isinstance(label_smoothing, (int, float))
     if is_number and not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be 0 to 1, not {label_smoothing}")
@@ -574,7 +575,7 @@ def paper_schedule(d_model, warmup_steps=4000):
 class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, the optimizer and its state) and a random key."""
 
-    dropout_key: jax.Array
+    dropout_key: jax.Array  # as integers, which can be saved, and jax.random takes
 
 
 def create_train_state(config, key, optimizer=None):
@@ -593,14 +594,14 @@ def create_train_state(config, key, optimizer=None):
     tokens = jnp.full((1, 1), BOS_ID)
     params = jax.jit(model.init)(params_key, tokens, tokens)["params"]
     return TrainState(
-        # With the int 0, jit would compile train_step again for its second call, which
-        # gets the array that the first one returned.
+        # An int would make jit compile train_step twice: for the int, and for the array
+        # that takes its place with the first step.
         step=jnp.zeros((), jnp.int32),
         apply_fn=model.apply,
         params=params,
         tx=optimizer,
         opt_state=optimizer.init(params),
-        dropout_key=jax.random.key_data(dropout_key),  # integers, which can be saved
+        dropout_key=jax.random.key_data(dropout_key),
     )
 
 
@@ -649,10 +650,10 @@ def start_decoding(model, params, src, max_len, beam_size=1):
 
         logits, cache = next_logits(tokens, position, cache)
 
-    tokens, int [B * W, max_len + 1], has W = `beam_size` neighbouring rows for each
-    source: BOS, the tokens decoded so far, the last at `position`, and then PAD. The
-    logits, float32 [B * W, V], are for the token after that. The cache is the
-    `Decoder`'s, with as many positions as `tokens`. The one returned here is empty.
+    Each source has W = `beam_size` neighbouring rows in tokens, int [B * W, max_len + 1].
+    A row is BOS, the tokens decoded so far, up to `position`, and then PAD. The logits,
+    float32 [B * W, V], are for the token at position + 1. The cache is the `Decoder`'s,
+    with as many positions as tokens. The one returned here is empty.
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -772,12 +773,14 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 
     num_rows = src.shape[0] * beam_size
     tokens = jnp.full((num_rows, max_len + 1), PAD_ID).at[:, 0].set(BOS_ID)
-    # All hypotheses start out alike, so only the first may be continued.
+    # All hypotheses start out alike. So only the first may be continued: the others have
+    # the probability 0.
     log_p = jnp.full(shape, -jnp.inf).at[:, 0].set(0)
     carry = 0, tokens, log_p, cache
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
+    # top_k takes NaN for the highest. So NaN logits have made log_p NaN, and it stayed so.
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
     order = jnp.argsort(-scores, axis=1)
     scores = jnp.take_along_axis(scores, order, axis=1)
@@ -792,8 +795,8 @@ WORD = re.compile(r" ?[^ ]+| ")
 
 
 def spell(word):
-    """The bytes of a word as a str in which the character chr(token) stands for a token.
-    To merge a pair of tokens in it, str.replace is enough.
+    """A word as a str of tokens, at first its bytes. The character chr(token) stands for
+    a token, so that str.replace can merge them.
     """
     return "".join(chr(byte + FIRST_SYMBOL_ID) for byte in word.encode())
 
@@ -857,7 +860,7 @@ class Tokenizer:
                 break
             pair = min(pair for pair, number in counts.items() if number == highest)
             token = chr(FIRST_MERGE_ID + len(merges))
-            for word in list(words_with[pair]):  # The others stay as they are.
+            for word in list(words_with[pair]):  # a copy of the set, which changes now
                 remove(word)
                 spelled[word] = spelled[word].replace("".join(pair), token)
                 add(word)
@@ -963,7 +966,7 @@ def to_batch(pairs, width):
 
 
 def widths_of(rows, max_width):
-    """The width that each row is padded to. There are few, as each is compiled for.
+    """The width that each row is padded to, one of a few: jit compiles for each width.
 
     A row is a tuple of lists of tokens, such as a pair. The widths are max_width, half
     of it, a quarter, and so on, as long as they are at least 8. A row gets the smallest
@@ -1027,7 +1030,7 @@ class Checkpoint(NamedTuple):
     config: TransformerConfig
     state: dict  # the TrainState's content; the parameters are state["params"]
     notes: dict  # the further arguments of `save_checkpoint`
-    tokenizer: Tokenizer  # with the notes' "merges", or of bytes if there are none
+    tokenizer: Tokenizer  # made of notes["merges"]; of bytes, if there are none
 
 
 def save_checkpoint(path, config, state, **notes):
@@ -1140,8 +1143,8 @@ def decode_all(model, params, sources, beam_size, short_len=32):
     outputs, longest = [None] * len(sources), model.config.max_len
     widths = widths_of([(source,) for source in sources], longest)
     for numbers, width in batches_by_width(widths, 64):
-        # Every number of rows is compiled for. To have few of them, a batch that is not
-        # full gets 1, 2, 4, 8, ... rows: np.resize repeats some.
+        # jit compiles for each number of rows, too. So a batch that is not full is filled
+        # up to 1, 2, 4, 8, ... rows: np.resize repeats some.
         filled = np.resize(numbers, 2 ** (len(numbers) - 1).bit_length())
         src = pad([[*sources[i], EOS_ID] for i in filled], width)
         for max_len in sorted({min(short_len, longest), longest}):
@@ -1319,7 +1322,7 @@ def make_config(args, vocab_size):
         d_ff=4 * args.d_model,
         dropout_rate=args.dropout,
         max_len=args.max_len + 1,  # --max-len counts neither BOS nor EOS
-        norm_first=not args.post_norm,  # see section 15 for these defaults
+        norm_first=not args.post_norm,
         dtype="bfloat16" if args.bf16 else "float32",
     )
 
@@ -1357,7 +1360,7 @@ def begin(args, old=None):
         "steps": args.steps,
         "valid_pairs": [list(pair) for pair in valid_texts],
         "digest": hashlib.sha256(repr(train_pairs).encode()).hexdigest(),
-        "loss": float("inf"),  # of the last batch before it was saved; none so far
+        "loss": float("inf"),  # of the model that is saved, see `report`; none so far
         "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
     }
     model = Transformer(config)
@@ -1407,7 +1410,7 @@ def show_model(config, params, mesh):
 
 def evaluate(run, num_shown, file=None):
     """Prints the score on unseen pairs, and some of them; returns their loss."""
-    # On one device, as there may be processes that do not take part in this.
+    # The state may be on several devices, and in several processes. Here, one will do.
     state = run.state.replace(opt_state=())  # which is large, and not needed
     state = jax.device_put(jax.device_get(state), jax.local_devices()[0])
     pairs, losses, num_labels = run.valid_pairs, [], []
@@ -1457,8 +1460,8 @@ def report(run, step, metrics, speed, tokens_per_second):
         saved = saved_so_far(run.args.checkpoint)
         what = f"not finite at step {step}: the loss ({loss:.4g}) or a parameter"
         raise RunError(f"{what}; try a lower --learning-rate{saved}")
-    # If training goes wrong, the loss rises, perhaps above ln V, the loss of guessing.
-    # Such a model does not replace one that was better.
+    # Above ln V the loss is worse than that of guessing: training has gone wrong. Then a
+    # better model that has been saved is kept.
     guessing = np.log(run.model.config.tgt_vocab_size)
     if loss > guessing and run.notes["loss"] <= guessing:
         log(f"not saved: the loss is above {guessing:.4f}, that of guessing")
@@ -1489,12 +1492,12 @@ def train_to_the_end(run, sharding):
     for step, batch in zip(range(start + 1, args.steps + 1), batches):
         num_steps += 1
         num_tokens += int((batch["tgt"][:, 1:] != PAD_ID).sum())
-        batch = {  # Each device asks for its rows, by their index.
+        batch = {  # For each device, JAX calls for its rows: x[index of the rows].
             name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
             for name, x in batch.items()
         }
-        # While the device did the step before, this loop has made a batch. Now it waits
-        # for that step: with more under way, processes on CPUs would block each other.
+        # The device does one step while this loop makes the batch of the next, and waits
+        # here. With more steps under way, processes on CPUs would block each other.
         jax.block_until_ready(metrics)
         run.state, metrics = train_step(run.state, batch, args.label_smoothing)
         is_last, is_late = step == args.steps, time.perf_counter() - since > 60
@@ -1608,7 +1611,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
-    """Returns a parser whose results are the options that are given, and no others."""
+    """Returns a parser. Options that are not given are not in its results, flags neither."""
     description = "The Transformer. Without options, the demo: learns a toy task."
     omit = argparse.SUPPRESS
     parser = Parser(description=description, allow_abbrev=False, argument_default=omit)
@@ -1628,8 +1631,8 @@ def make_parser():
 
 def parse_arguments(argv):
     """Returns the options, checked and complete."""
-    # argparse would take a text with a dash at its start for an option. So the texts are
-    # taken out before: all words after --translate, up to one with two dashes.
+    # A text may begin with a dash. argparse would take it for an option, and so it gets
+    # --translate without the texts. They end at the next word with two dashes.
     start = argv.index("--translate") + 1 if "--translate" in argv else len(argv)
     texts = [*itertools.takewhile(lambda text: text[:2] != "--", argv[start:])]
     others = [*argv[:start], *argv[start + len(texts) :]]
@@ -1682,9 +1685,8 @@ def fail(status, message=None):
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (
-            OSError
-        ):  # If it stayed open, Python would try again at its end, and fail.
+        except OSError:
+            # Left open, the stream would be flushed again when Python exits, in vain.
             with contextlib.suppress(OSError):
                 stream.close()
     return status
