@@ -196,7 +196,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # Masked keys get the weight 0. So do all keys of a query that has no others.
+    # Masked keys get the weight 0, even if a query has no others. (Scores of -inf for them
+    # would then give 0 / 0.)
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -446,8 +447,8 @@ class Transformer(nn.Module):
               norm                          scale [D], bias [D]
         decoder     the same, with a cross_attention and an add_and_norm_2 in each block
 
-    A token outside the vocabulary gives NaN (see `embed`). Shapes that do not fit, or a length above
-    max_len, raise a ValueError.
+    A token outside the vocabulary gives NaN, see `embed`. Shapes that do not fit, or a
+    length above max_len, raise a ValueError.
     """
 
     config: TransformerConfig
@@ -575,7 +576,7 @@ def paper_schedule(d_model, warmup_steps=4000):
 class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, the optimizer and its state) and a random key."""
 
-    dropout_key: jax.Array  # as integers, which can be saved, and jax.random takes
+    dropout_key: jax.Array  # the integers of a key, as a checkpoint can hold these
 
 
 def create_train_state(config, key, optimizer=None):
@@ -653,7 +654,7 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     Each source has W = `beam_size` neighbouring rows in tokens, int [B * W, max_len + 1].
     A row is BOS, the tokens decoded so far, up to `position`, and then PAD. The logits,
     float32 [B * W, V], are for the token at position + 1. The cache is the `Decoder`'s,
-    with as many positions as tokens. The one returned here is empty.
+    of length max_len + 1. The one returned here is empty.
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -773,14 +774,14 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 
     num_rows = src.shape[0] * beam_size
     tokens = jnp.full((num_rows, max_len + 1), PAD_ID).at[:, 0].set(BOS_ID)
-    # All hypotheses start out alike. So only the first may be continued: the others have
-    # the probability 0.
+    # All hypotheses start out alike. The first alone gets a probability that is not 0, or
+    # the search would find the same target W times.
     log_p = jnp.full(shape, -jnp.inf).at[:, 0].set(0)
     carry = 0, tokens, log_p, cache
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
-    # top_k takes NaN for the highest. So NaN logits have made log_p NaN, and it stayed so.
+    # Where logits were NaN, so is log_p: to top_k, NaN is the highest.
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
     order = jnp.argsort(-scores, axis=1)
     scores = jnp.take_along_axis(scores, order, axis=1)
@@ -1252,8 +1253,8 @@ def translate(args):
 
 # ---- 14 A training run ---------------------------------------------------------------
 
-# The options that the model and the order of its batches follow from. They have to stay
-# the same when a run is continued.
+# These options decide on the model and on the order of its batches. A run that is
+# continued has to keep them.
 FIXED = "post_norm d_model num_heads num_layers max_len vocab_size batch_size seed"
 
 
@@ -1321,7 +1322,7 @@ def make_config(args, vocab_size):
         num_layers=args.num_layers,
         d_ff=4 * args.d_model,
         dropout_rate=args.dropout,
-        max_len=args.max_len + 1,  # --max-len counts neither BOS nor EOS
+        max_len=args.max_len + 1,  # with the EOS of a source, or the BOS of a target
         norm_first=not args.post_norm,
         dtype="bfloat16" if args.bf16 else "float32",
     )
@@ -1496,8 +1497,8 @@ def train_to_the_end(run, sharding):
             name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
             for name, x in batch.items()
         }
-        # The device does one step while this loop makes the batch of the next, and waits
-        # here. With more steps under way, processes on CPUs would block each other.
+        # Wait for the step before, which the device did while this loop made the batch.
+        # With more than one step under way, processes on CPUs would block each other.
         jax.block_until_ready(metrics)
         run.state, metrics = train_step(run.state, batch, args.label_smoothing)
         is_last, is_late = step == args.steps, time.perf_counter() - since > 60
@@ -1631,8 +1632,8 @@ def make_parser():
 
 def parse_arguments(argv):
     """Returns the options, checked and complete."""
-    # A text may begin with a dash. argparse would take it for an option, and so it gets
-    # --translate without the texts. They end at the next word with two dashes.
+    # A text may begin with a dash, which argparse takes for an option. So the parser gets
+    # --translate alone. The texts are the words after it, up to one with two dashes.
     start = argv.index("--translate") + 1 if "--translate" in argv else len(argv)
     texts = [*itertools.takewhile(lambda text: text[:2] != "--", argv[start:])]
     others = [*argv[:start], *argv[start + len(texts) :]]

@@ -199,7 +199,9 @@ def main():
     sources, targets = zip(*held_out)
     train = [pair for pair in short if pair[0] not in set(sources)]
     seconds, scores = 60 * args.minutes, {}
-    print(f"{len(train):,} pairs, {args.minutes:g} minutes, {os.cpu_count()} cores")
+    print(
+        f"{len(train):,} pairs, {args.minutes:g} minutes, {len(os.sched_getaffinity(0))} cores"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = folder / "pairs.tsv", folder / "held_out.tsv"

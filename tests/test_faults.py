@@ -66,7 +66,6 @@ sys.exit(tm.main(sys.argv[2:]))
     [
         (signal.SIGINT, "training"),
         (signal.SIGINT, "saving"),
-        (signal.SIGTERM, "training"),
         (signal.SIGKILL, "saving"),
     ],
 )
