@@ -1,4 +1,4 @@
-"""The Transformer of "Attention Is All You Need" (Vaswani et al., 2017) in JAX and Flax.
+"""The Transformer of "Attention Is All You Need" (Vaswani et al., 2017), in JAX, Flax.
 
 The complete encoder-decoder model with its training and its inference, in the order of
 the paper (arXiv:1706.03762), to which "section", "Eq.", "Table" and "Figure" refer.
@@ -26,7 +26,7 @@ attention is allowed. `kv` is a pair, the keys and the values, each [B, H, L, K]
 import signal
 
 if __name__ == "__main__":
-    # Ctrl-C during the imports, which take seconds, ends the program without a traceback.
+    # In the imports, which take seconds, Ctrl-C ends the program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -118,7 +118,7 @@ class TransformerConfig:
 
 
 def check_tokens(tokens):
-    """Raises a ValueError unless tokens are integers [B, L], with B and L at least 1."""
+    """Raises a ValueError unless tokens are integers [B, L] of at least [1, 1]."""
     shape, dtype = jnp.shape(tokens), jnp.result_type(tokens)
     if len(shape) != 2 or 0 in shape or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"tokens must be integers [B, L], got {dtype} {shape}")
@@ -153,7 +153,7 @@ def causal_mask(length):
 def positional_encoding(max_len, d_model):
     """The encodings of the positions 0 to max_len - 1, float32 [max_len, D] (3.5).
 
-    PE(pos, 2i) = sin(pos / 10000^(2i / D)),  PE(pos, 2i + 1) = cos(pos / 10000^(2i / D))
+    PE(pos, 2i) = sin(pos / 10000^(2i / D)), PE(pos, 2i + 1) = cos(pos / 10000^(2i / D))
 
     >>> print(positional_encoding(max_len=3, d_model=4).round(2))
     [[ 0.    1.    0.    1.  ]
@@ -196,8 +196,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # Masked keys get the weight 0, even if a query has no others. (Scores of -inf for them
-    # would then give 0 / 0.)
+    # Masked keys get the weight 0, even if a query has no others. (Scores of -inf for
+    # them would then give 0 / 0.)
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -225,8 +225,9 @@ class MultiHeadAttention(nn.Module):
     head_i = Attention(x W_i^Q, memory W_i^K, memory W_i^V)
     MultiHead(x, memory) = Concat(head_1, ..., head_H) W^O
 
-    The W_i^Q of all heads, D x K each, stand side by side in one D x D matrix, and so do
-    the W_i^K and the W_i^V. The attention weights go to Flax's collection "intermediates".
+    The W_i^Q of all heads, D x K each, stand side by side in one D x D matrix, and so
+    do the W_i^K and the W_i^V. The attention weights go to Flax's collection
+    "intermediates".
     """
 
     config: TransformerConfig
@@ -245,7 +246,7 @@ class MultiHeadAttention(nn.Module):
         return self.split_heads(self.key(memory)), self.split_heads(self.value(memory))
 
     def attend(self, x, kv, mask=None):
-        """x [B, T, D], kv of length S, mask broadcastable to [B, H, T, S] -> [B, T, D]."""
+        """x [B, T, D], kv of length S, mask broadcast to [B, H, T, S] -> [B, T, D]."""
         query = self.split_heads(self.query(x))
         heads, weights = scaled_dot_product_attention(query, *kv, mask)
         self.sow("intermediates", "weights", weights)
@@ -327,7 +328,7 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Masked self-attention, attention to the memory, feed-forward (Figure 1, right)."""
+    """Masked self-attention, attention to memory, feed-forward (Figure 1, right)."""
 
     config: TransformerConfig
 
@@ -396,7 +397,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The stack of decoder blocks (section 3.1). Pre-norm ends in a LayerNorm here too."""
+    """The stack of decoder blocks (section 3.1), and pre-norm's LayerNorm after it."""
 
     config: TransformerConfig
 
@@ -490,13 +491,13 @@ class Transformer(nn.Module):
         return self.encoder(self.embed(self.src_embedding, src), padding_mask(src))
 
     def project_kv(self, memory):
-        """The memory [B, S, D] -> the kv that each decoder block makes of it, a list."""
+        """The memory [B, S, D] -> the list of kv that the decoder blocks make of it."""
         blocks = self.decoder.blocks
         return [block.cross_attention.project_kv(memory) for block in blocks]
 
     def decode(self, tgt, self_mask, memory_kv, memory_mask, cache=None, start=0):
-        """Target tokens, int [B, T], the first at position `start` -> the logits for the
-        tokens after them, float32 [B, T, V], and the decoder's kv (see `Decoder`).
+        """Target tokens, int [B, T], the first at position `start` -> the logits for
+        the tokens after them, float32 [B, T, V], and the decoder's kv (see `Decoder`).
         """
         x = self.embed(self.tgt_embedding, tgt, start)
         x, kv = self.decoder(x, self_mask, memory_kv, memory_mask, cache, start)
@@ -513,8 +514,9 @@ class Transformer(nn.Module):
         max_len, d_model = self.config.max_len, self.config.d_model
         if tokens.shape[1] > max_len:
             raise ValueError(f"tokens {tokens.shape} [B, L]: L is above {max_len=}")
-        # jnp.take gives NaN for a row beyond the last. A negative token would count from
-        # the end; made unsigned, it is a large number, and beyond the last row as well.
+        # jnp.take gives NaN for a row beyond the last. A negative token would count
+        # from the end; made unsigned, it is a large number, and beyond the last row as
+        # well.
         x = jnp.take(embedding, tokens.astype("uint32"), axis=0) * d_model**0.5
         position = start + jnp.arange(tokens.shape[1])
         x = x + jnp.asarray(positional_encoding(max_len, d_model))[position]
@@ -526,7 +528,7 @@ class Transformer(nn.Module):
 
 
 def mean_over_labels(values, labels):
-    """The mean of values [B, T] over the labels [B, T] that are not PAD; 0 without any."""
+    """The mean of values [B, T] where labels [B, T] are not PAD; 0 if all are."""
     is_label = labels != PAD_ID
     return jnp.where(is_label, values, 0).sum() / jnp.maximum(is_label.sum(), 1)
 
@@ -574,7 +576,7 @@ def paper_schedule(d_model, warmup_steps=4000):
 
 
 class TrainState(train_state.TrainState):
-    """Flax's TrainState (step, params, the optimizer and its state) and a random key."""
+    """Flax's TrainState (step, params, optimizer and its state) with a random key."""
 
     dropout_key: jax.Array  # the integers of a key, as a checkpoint can hold these
 
@@ -647,14 +649,15 @@ def eval_step(state, batch):
 
 
 def start_decoding(model, params, src, max_len, beam_size=1):
-    """Encodes src, int [B, S], and returns (next_logits, cache), to decode step by step:
+    """Encodes src, int [B, S], and returns (next_logits, cache), to decode step by
+    step:
 
         logits, cache = next_logits(tokens, position, cache)
 
-    Each source has W = `beam_size` neighbouring rows in tokens, int [B * W, max_len + 1].
-    A row is BOS, the tokens decoded so far, up to `position`, and then PAD. The logits,
-    float32 [B * W, V], are for the token at position + 1. The cache is the `Decoder`'s,
-    of length max_len + 1. The one returned here is empty.
+    Each source has W = `beam_size` neighbouring rows in tokens, int [B * W, max_len +
+    1]. A row is BOS, the tokens decoded so far, up to `position`, and then PAD. The
+    logits, float32 [B * W, V], are for the token at position + 1. The cache is the
+    `Decoder`'s, of length max_len + 1. The one returned here is empty.
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -667,7 +670,8 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     memory_kv, memory_mask = jax.tree.map(repeat, (memory_kv, padding_mask(src)))
 
     def next_logits(tokens, position, cache):
-        # All tokens after `position` are PAD. So there is nothing for a causal mask to do.
+        # All tokens after `position` are PAD. So there is nothing for a causal mask to
+        # do.
         self_mask = padding_mask(tokens)
         last = tokens[:, position][:, None]  # [B * W, 1]
         inputs = last, self_mask, memory_kv, memory_mask, cache, position
@@ -765,8 +769,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
         choose = jax.vmap(best_continuations)  # source by source
         ended = has_ended(tokens).reshape(shape)
         log_p, parent, token = choose(log_p, ended, next_log_p)  # all [B, W]
-        # A hypothesis goes on with its parent's tokens and cache. The memory's kv is the
-        # same for all hypotheses of a source.
+        # A hypothesis goes on with its parent's tokens and cache. The memory's kv is
+        # the same for all hypotheses of a source.
         row = (first_rows + parent).ravel()  # of the parent, [B * W]
         tokens, cache = jax.tree.map(lambda x: x[row], (tokens, cache))
         tokens = tokens.at[:, position + 1].set(token.ravel())
@@ -774,8 +778,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 
     num_rows = src.shape[0] * beam_size
     tokens = jnp.full((num_rows, max_len + 1), PAD_ID).at[:, 0].set(BOS_ID)
-    # All hypotheses start out alike. The first alone gets a probability that is not 0, or
-    # the search would find the same target W times.
+    # All hypotheses start out alike. The first alone gets a probability that is not 0,
+    # or the search would find the same target W times.
     log_p = jnp.full(shape, -jnp.inf).at[:, 0].set(0)
     carry = 0, tokens, log_p, cache
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
@@ -796,8 +800,8 @@ WORD = re.compile(r" ?[^ ]+| ")
 
 
 def spell(word):
-    """A word as a str of tokens, at first its bytes. The character chr(token) stands for
-    a token, so that str.replace can merge them.
+    """A word as a str of tokens, at first its bytes. The character chr(token) stands
+    for a token, so that str.replace can merge them.
     """
     return "".join(chr(byte + FIRST_SYMBOL_ID) for byte in word.encode())
 
@@ -891,7 +895,7 @@ class Tokenizer:
 
 
 def reversal_pairs(num_pairs, max_len, seed):
-    """The toy task: different random words of 4 to max_len letters, and each reversed."""
+    """The toy task: random words of 4 to max_len letters, all different, reversed."""
     rng = np.random.default_rng(seed)
     words = {}  # not a set, whose order changes from run to run
     while len(words) < num_pairs:
@@ -984,8 +988,8 @@ def widths_of(rows, max_width):
 
 
 def batches_by_width(widths, batch_size, rng=None):
-    """Groups rows, of which only the widths are given: sorts them by width, and cuts that
-    into batches. Returns (numbers of the rows, width of the widest) of each batch.
+    """Groups rows, of which only the widths are given: sorts them by width, and cuts
+    that into batches. Returns (numbers of the rows, width of the widest) of each batch.
 
     `rng` shuffles the rows before, leaves out what would be less than a batch, and
     shuffles the batches afterwards.
@@ -1139,13 +1143,14 @@ def decode_all(model, params, sources, beam_size, short_len=32):
     """Sources (lists of tokens), shorter than the model's `max_len` -> their outputs.
 
     Most outputs are short, and attention over a long cache is slow. So every batch is
-    decoded to `short_len` tokens, and once more to `max_len` if not all of it has ended.
+    decoded to `short_len` tokens, and once more to `max_len` if not all of it has
+    ended.
     """
     outputs, longest = [None] * len(sources), model.config.max_len
     widths = widths_of([(source,) for source in sources], longest)
     for numbers, width in batches_by_width(widths, 64):
-        # jit compiles for each number of rows, too. So a batch that is not full is filled
-        # up to 1, 2, 4, 8, ... rows: np.resize repeats some.
+        # jit compiles for each number of rows, too. So a batch that is not full is
+        # filled up to 1, 2, 4, 8, ... rows: np.resize repeats some.
         filled = np.resize(numbers, 2 ** (len(numbers) - 1).bit_length())
         src = pad([[*sources[i], EOS_ID] for i in filled], width)
         for max_len in sorted({min(short_len, longest), longest}):
@@ -1217,7 +1222,7 @@ def chunks_to_translate(texts):
 
 
 def translate(args):
-    """Prints a translation per text; those that cannot be translated are empty lines."""
+    """Prints a line for each text: its translation, or nothing if there is none."""
     config, state, _, tokenizer = load_checkpoint(args.checkpoint)
     sizes = config.src_vocab_size, config.tgt_vocab_size, tokenizer.vocab_size
     if len(set(sizes)) > 1 or config.head != "logits":
@@ -1291,7 +1296,7 @@ def choose_pairs(args, kept):
 
 
 def encode_pairs(pairs, tokenizer, max_len):
-    """Pairs of texts -> pairs of lists of tokens, those of more than max_len left out."""
+    """Pairs of texts -> pairs of lists of tokens, without those longer than max_len."""
     encoded = [tuple(map(tokenizer.encode, pair)) for pair in pairs]
     return [pair for pair in encoded if max(map(len, pair)) <= max_len]
 
@@ -1303,7 +1308,7 @@ def fixed_options(args):
 
 
 def make_schedule(args):
-    """The learning rate warms up for a tenth of the steps, then falls to 0 at the last."""
+    """The learning rate rises for a tenth of the steps, then falls to 0 at the last."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=args.learning_rate,
@@ -1369,7 +1374,7 @@ def begin(args, old=None):
 
 
 def resume(args, old):
-    """Returns the Run that goes on from the Checkpoint `old`, if the options allow it."""
+    """Returns the Run that goes on from the Checkpoint `old`, if options allow it."""
     path, notes = args.checkpoint, old.notes
     kinds = {"options": dict, "steps": int, "valid_pairs": list}
     kinds |= {"digest": str, "loss": float}
@@ -1434,7 +1439,7 @@ def evaluate(run, num_shown, file=None):
 
 
 def save(run):
-    """Saves a checkpoint, if the options name one. Of several processes, the first does."""
+    """Saves a checkpoint, if options name one. Of several processes, the first does."""
     path = run.args.checkpoint
     if path and jax.process_index() == 0:
         try:
@@ -1461,8 +1466,8 @@ def report(run, step, metrics, speed, tokens_per_second):
         saved = saved_so_far(run.args.checkpoint)
         what = f"not finite at step {step}: the loss ({loss:.4g}) or a parameter"
         raise RunError(f"{what}; try a lower --learning-rate{saved}")
-    # Above ln V the loss is worse than that of guessing: training has gone wrong. Then a
-    # better model that has been saved is kept.
+    # Above ln V the loss is worse than that of guessing: training has gone wrong. Then
+    # a better model that has been saved is kept.
     guessing = np.log(run.model.config.tgt_vocab_size)
     if loss > guessing and run.notes["loss"] <= guessing:
         log(f"not saved: the loss is above {guessing:.4f}, that of guessing")
@@ -1535,8 +1540,8 @@ def train(args):
         has = f"{args.checkpoint} has {run.state.step} steps"
         log(f"{has}: --steps {args.steps} adds none")
     # Every device gets the whole state, and its part of each batch. To train_step, the
-    # parts are one array: it takes the mean over the labels of all devices, and jit adds
-    # the communication which that needs.
+    # parts are one array: it takes the mean over the labels of all devices, and jit
+    # adds the communication which that needs.
     run.state = jax.device_put(run.state, NamedSharding(mesh, PartitionSpec()))
     train_to_the_end(run, NamedSharding(mesh, PartitionSpec("data")))
     if jax.process_index() == 0:
@@ -1560,9 +1565,9 @@ KINDS = {
     "seed": (int, "an integer from 0 to 2^32 - 1", lambda n: 0 <= n < 2**32),
 }
 # The defaults are not the paper's, whose models are large and learn for days on eight
-# GPUs. Minutes have to be enough here. So the learning rate is high, which pre-norm bears
-# after a short warm-up (Xiong et al., 2020). And there is no dropout: it slows learning
-# down, and is worth that only where every pair is seen many times.
+# GPUs. Minutes have to be enough here. So the learning rate is high, which pre-norm
+# bears after a short warm-up (Xiong et al., 2020). And there is no dropout: it slows
+# learning down, and is worth that only where every pair is seen many times.
 #
 # name: (kind, default of the demo, default with --pairs, what the option means)
 OPTIONS = {
@@ -1612,7 +1617,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
-    """Returns a parser. Options that are not given are not in its results, flags neither."""
+    """Returns a parser without defaults: what is not given is not in its results."""
     description = "The Transformer. Without options, the demo: learns a toy task."
     omit = argparse.SUPPRESS
     parser = Parser(description=description, allow_abbrev=False, argument_default=omit)
@@ -1632,8 +1637,9 @@ def make_parser():
 
 def parse_arguments(argv):
     """Returns the options, checked and complete."""
-    # A text may begin with a dash, which argparse takes for an option. So the parser gets
-    # --translate alone. The texts are the words after it, up to one with two dashes.
+    # A text may begin with a dash, which argparse takes for an option. So the parser
+    # gets --translate alone. The texts are the words after it, up to one with two
+    # dashes.
     start = argv.index("--translate") + 1 if "--translate" in argv else len(argv)
     texts = [*itertools.takewhile(lambda text: text[:2] != "--", argv[start:])]
     others = [*argv[:start], *argv[start + len(texts) :]]
