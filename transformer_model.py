@@ -9,8 +9,9 @@ the paper (arXiv:1706.03762), to which "section", "Eq.", "Table" and "Figure" re
 
 Sections: 1 Configuration, 2 Masks, 3 Positional encoding, 4 Attention, 5 Feed-forward
 network, 6 Blocks, 7 The model, 8 Training, 9 Inference, 10 Text, 11 Data, 12 Check-
-points, 13 Translation, 14 A training run, 15 Command line. The architecture is complete
-after section 7 and the paper after section 10; the rest is a program around them.
+points, 13 Translation, 14 A training run, 15 Command line. After section 7 the
+architecture is complete, and after section 10, which makes subwords, all of the paper.
+The rest is a program around it.
 
 Shapes are written with the same letters everywhere:
 
@@ -26,7 +27,8 @@ attention is allowed. `kv` is a pair, the keys and the values, each [B, H, L, K]
 import signal
 
 if __name__ == "__main__":
-    # In the imports, which take seconds, Ctrl-C ends the program without a traceback.
+    # The imports take seconds. Until the last lines of this file, Ctrl-C ends the
+    # program at once, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -100,7 +102,7 @@ class TransformerConfig:
             require(field.name, type(value) in kinds, f"of type {field.type.__name__}")
             if field.type is int:
                 # A vocabulary holds the three special tokens and at least one symbol.
-                least = FIRST_SYMBOL_ID + 1 if "vocab" in field.name else 1
+                least = FIRST_SYMBOL_ID + 1 if "vocab_size" in field.name else 1
                 require(field.name, value >= least, f"at least {least}")
         divides = self.d_model % self.num_heads == 0
         require("d_model", divides, f"a multiple of num_heads, {self.num_heads}")
@@ -171,7 +173,7 @@ def positional_encoding(max_len, d_model):
 
 # ---- 4 Attention ---------------------------------------------------------------------
 
-# Scores and logits are float32, even where they are products of bfloat16 inputs.
+# What goes into a softmax is float32, even where it is a product of bfloat16 inputs.
 einsum_float32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
@@ -196,8 +198,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # Masked keys get the weight 0, even if a query has no others. (Scores of -inf for
-    # them would then give 0 / 0.)
+    # A query that may attend to nothing gets zeros here. With scores of -inf instead of
+    # `where`, it would get 0 / 0.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -353,17 +355,19 @@ class DecoderBlock(nn.Module):
           start: the position of the first token of x.
 
         Returns:
-          x after the block, [B, T, D], and the kv of the self-attention. Without a
-          cache, it is the kv of x. With one, it is the cache, and the kv of x is now
-          in it, from `start` on.
+          x after the block, [B, T, D], and the kv that the self-attention has read:
+          without a cache that of x, and with one the cache, into which the kv of x has
+          been written, from `start` on.
         """
         first, second, third = self.add_and_norm
 
         y = first.before(x)
         kv = self.self_attention.project_kv(y)
         if cache is not None:
-            write = partial(jax.lax.dynamic_update_slice_in_dim, axis=2)  # the axis L
-            kv = tuple(write(old, new, start) for old, new in zip(cache, kv))
+            kv = tuple(  # Axis 2 is that of the positions, L.
+                jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=2)
+                for old, new in zip(cache, kv)
+            )
         x = first.after(x, self.self_attention.attend(y, kv, self_mask))
 
         y = self.cross_attention.attend(second.before(x), memory_kv, memory_mask)
@@ -407,8 +411,8 @@ class Decoder(nn.Module):
             self.norm = layer_norm(self.config)
 
     def __call__(self, x, self_mask, memory_kv, memory_mask, cache=None, start=0):
-        """Takes and returns what a `DecoderBlock` does. Only memory_kv, the cache and
-        the kv returned are lists here, with an entry for each block.
+        """Takes and returns what a `DecoderBlock` does, except that memory_kv, the
+        cache and the kv returned are lists, with an entry for each block.
         """
         new_cache = []
         for i, block in enumerate(self.blocks):
@@ -432,9 +436,9 @@ class Transformer(nn.Module):
 
         logits, more = model.apply(variables, src, tgt, mutable=["intermediates"])
         block = more["intermediates"]["decoder"]["blocks_0"]
-        (weights,) = block["cross_attention"]["weights"]  # [B, H, T, S]
+        (weights,) = block["cross_attention"]["weights"]  # [B, H, T, S], in a tuple
 
-    The tree of the parameters:
+    By default, this is the tree of the parameters:
 
         embedding                           [V, D]
         encoder
@@ -477,7 +481,8 @@ class Transformer(nn.Module):
         """The forward pass for all target positions in parallel, as in training.
 
         src int [B, S] and the decoder's input tgt int [B, T], BOS first -> float32
-        [B, T, V]; the logits at position t are for the token at t + 1.
+        [B, T, V]; the logits at position t are for the token at t + 1. The field `head`
+        of the configuration says what else may be returned.
         """
         memory_kv = self.project_kv(self.encode(src))
         self_mask = padding_mask(tgt) & causal_mask(tgt.shape[1])
@@ -514,9 +519,8 @@ class Transformer(nn.Module):
         max_len, d_model = self.config.max_len, self.config.d_model
         if tokens.shape[1] > max_len:
             raise ValueError(f"tokens {tokens.shape} [B, L]: L is above {max_len=}")
-        # jnp.take gives NaN for a row beyond the last. A negative token would count
-        # from the end; made unsigned, it is a large number, and beyond the last row as
-        # well.
+        # jnp.take gives NaN for a token that is too large. A negative one would count
+        # from the end, but as an unsigned number it is too large as well.
         x = jnp.take(embedding, tokens.astype("uint32"), axis=0) * d_model**0.5
         position = start + jnp.arange(tokens.shape[1])
         x = x + jnp.asarray(positional_encoding(max_len, d_model))[position]
@@ -528,7 +532,7 @@ class Transformer(nn.Module):
 
 
 def mean_over_labels(values, labels):
-    """The mean of values [B, T] where labels [B, T] are not PAD; 0 if all are."""
+    """The mean of values [B, T] over the labels [B, T] that are not PAD, or 0."""
     is_label = labels != PAD_ID
     return jnp.where(is_label, values, 0).sum() / jnp.maximum(is_label.sum(), 1)
 
@@ -546,7 +550,7 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
     if logits.shape[:-1] != labels.shape:
         got = f"{logits.shape} and {labels.shape}"
         raise ValueError(f"logits and labels must be [B, T, V] and [B, T], got {got}")
-    # If a caller jits this function, label_smoothing may have no value to check.
+    # Within jit, label_smoothing may be a tracer, which has no value to check.
     is_number = isinstance(label_smoothing, (int, float))
     if is_number and not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be 0 to 1, not {label_smoothing}")
@@ -578,7 +582,13 @@ def paper_schedule(d_model, warmup_steps=4000):
 class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, optimizer and its state) with a random key."""
 
-    dropout_key: jax.Array  # the integers of a key, as a checkpoint can hold these
+    dropout_key: jax.Array  # jax.random.key_data of it: checkpoints hold plain arrays
+
+
+def init_params(config, key):
+    """The parameters that a model of this configuration starts with."""
+    tokens = jnp.full((1, 1), BOS_ID)
+    return Transformer(config).init(key, tokens, tokens)["params"]
 
 
 def create_train_state(config, key, optimizer=None):
@@ -592,15 +602,13 @@ def create_train_state(config, key, optimizer=None):
     if optimizer is None:
         schedule = paper_schedule(config.d_model)
         optimizer = optax.adam(schedule, b1=0.9, b2=0.98, eps=1e-9)
-    model = Transformer(config)
     params_key, dropout_key = jax.random.split(key)
-    tokens = jnp.full((1, 1), BOS_ID)
-    params = jax.jit(model.init)(params_key, tokens, tokens)["params"]
+    params = jax.jit(init_params, static_argnames="config")(config, params_key)
     return TrainState(
         # An int would make jit compile train_step twice: for the int, and for the array
         # that takes its place with the first step.
         step=jnp.zeros((), jnp.int32),
-        apply_fn=model.apply,
+        apply_fn=Transformer(config).apply,
         params=params,
         tx=optimizer,
         opt_state=optimizer.init(params),
@@ -627,8 +635,9 @@ def train_step(state, batch, label_smoothing=0.1):
       batch: {"src": int [B, S], "tgt": int [B, T + 1]}, tgt from BOS to EOS.
 
     Returns:
-      The new state and the batch's metrics before the step, on the device: "loss" and
-      "accuracy", the share of labels that have the highest logit.
+      The new state, and the metrics of the batch before the step, "loss" and
+      "accuracy". The latter is the share of labels that have the highest logit. Both
+      stay on the device, so that a caller need not wait for them.
     """
     rngs = {"dropout": jax.random.fold_in(state.dropout_key, state.step)}
 
@@ -649,15 +658,17 @@ def eval_step(state, batch):
 
 
 def start_decoding(model, params, src, max_len, beam_size=1):
-    """Encodes src, int [B, S], and returns (next_logits, cache), to decode step by
-    step:
+    """Encodes src, int [B, S]. Returns a function, next_logits, and an empty cache.
+
+    The tokens of a search are int [B * W, L]: W = `beam_size` rows for each source, one
+    below the other, with room for BOS and max_len tokens, L = max_len + 1. At first a
+    row is BOS and PAD. At each step, the PAD at one more position becomes a token. When
+    `position` is that of the last token,
 
         logits, cache = next_logits(tokens, position, cache)
 
-    Each source has W = `beam_size` neighbouring rows in tokens, int [B * W, max_len +
-    1]. A row is BOS, the tokens decoded so far, up to `position`, and then PAD. The
-    logits, float32 [B * W, V], are for the token at position + 1. The cache is the
-    `Decoder`'s, of length max_len + 1. The one returned here is empty.
+    gives the logits of the token at position + 1, float32 [B * W, V], and the cache,
+    the `Decoder`'s, of length L, with the last token's kv in it.
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -670,8 +681,8 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     memory_kv, memory_mask = jax.tree.map(repeat, (memory_kv, padding_mask(src)))
 
     def next_logits(tokens, position, cache):
-        # All tokens after `position` are PAD. So there is nothing for a causal mask to
-        # do.
+        # This mask hides all positions that have no token yet: they are PAD. So there
+        # is no need of a causal mask.
         self_mask = padding_mask(tokens)
         last = tokens[:, position][:, None]  # [B * W, 1]
         inputs = last, self_mask, memory_kv, memory_mask, cache, position
@@ -735,8 +746,9 @@ def best_continuations(log_p, ended, next_log_p):
     # A hypothesis that has ended has one continuation, PAD, which costs nothing.
     pad_alone = jnp.where(jnp.arange(vocab_size) == PAD_ID, 0, -jnp.inf)  # [V]
     total = log_p[:, None] + jnp.where(ended[:, None], pad_alone, next_log_p)  # [W, V]
-    log_p, best = jax.lax.top_k(total.ravel(), beam_size)  # numbers 0 to W * V - 1
-    return log_p, best // vocab_size, best % vocab_size
+    # Flattened, the continuation of hypothesis w with token v has the number w V + v.
+    log_p, number = jax.lax.top_k(total.ravel(), beam_size)
+    return log_p, number // vocab_size, number % vocab_size
 
 
 def length_penalty(tokens, alpha):
@@ -760,7 +772,7 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     """
     next_logits, cache = start_decoding(model, params, src, max_len, beam_size)
     shape = src.shape[0], beam_size
-    first_rows = jnp.arange(shape[0])[:, None] * beam_size  # of each source, [B, 1]
+    source = jnp.arange(shape[0])[:, None]  # the numbers of the sources, [B, 1]
 
     def step(carry):
         position, tokens, log_p, cache = carry  # log_p [B, W]
@@ -771,7 +783,7 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
         log_p, parent, token = choose(log_p, ended, next_log_p)  # all [B, W]
         # A hypothesis goes on with its parent's tokens and cache. The memory's kv is
         # the same for all hypotheses of a source.
-        row = (first_rows + parent).ravel()  # of the parent, [B * W]
+        row = (source * beam_size + parent).ravel()  # that of the parent, [B * W]
         tokens, cache = jax.tree.map(lambda x: x[row], (tokens, cache))
         tokens = tokens.at[:, position + 1].set(token.ravel())
         return position + 1, tokens, log_p, cache
@@ -785,7 +797,7 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
-    # Where logits were NaN, so is log_p: to top_k, NaN is the highest.
+    # Hypotheses of NaN are never dropped, as top_k takes NaN for the highest number.
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
     order = jnp.argsort(-scores, axis=1)
     scores = jnp.take_along_axis(scores, order, axis=1)
@@ -800,8 +812,8 @@ WORD = re.compile(r" ?[^ ]+| ")
 
 
 def spell(word):
-    """A word as a str of tokens, at first its bytes. The character chr(token) stands
-    for a token, so that str.replace can merge them.
+    """The bytes of a word as a str, in which each token is one character, chr(token).
+    To merge two tokens is then a matter of str.replace.
     """
     return "".join(chr(byte + FIRST_SYMBOL_ID) for byte in word.encode())
 
@@ -844,31 +856,27 @@ class Tokenizer:
         words = collections.Counter(w for text in texts for w in WORD.findall(text))
         spelled = {word: spell(word) for word in words}
         counts = collections.Counter()  # how often each pair occurs in all texts
-        words_with = collections.defaultdict(set)  # the words that each pair occurs in
+        words_with = collections.defaultdict(set)  # in which words a pair is, or was
 
-        def add(word):
+        def count_pairs(word, times):
             for pair in itertools.pairwise(spelled[word]):
-                counts[pair] += words[word]
+                counts[pair] += times
                 words_with[pair].add(word)
 
-        def remove(word):
-            for pair in itertools.pairwise(spelled[word]):
-                counts[pair] -= words[word]
-                words_with[pair].discard(word)
-
-        for word in words:
-            add(word)
+        for word, times in words.items():
+            count_pairs(word, times)
         merges = []
         while FIRST_MERGE_ID + len(merges) < vocab_size:
             highest = max(counts.values(), default=0)
             if highest < 2:
                 break
             pair = min(pair for pair, number in counts.items() if number == highest)
-            token = chr(FIRST_MERGE_ID + len(merges))
-            for word in list(words_with[pair]):  # a copy of the set, which changes now
-                remove(word)
-                spelled[word] = spelled[word].replace("".join(pair), token)
-                add(word)
+            both, token = "".join(pair), chr(FIRST_MERGE_ID + len(merges))
+            for word in words_with.pop(pair):
+                if both in spelled[word]:
+                    count_pairs(word, -words[word])  # takes back what it has counted
+                    spelled[word] = spelled[word].replace(both, token)
+                    count_pairs(word, words[word])
             merges.append(tuple(map(ord, pair)))
         return cls(merges)
 
@@ -878,7 +886,7 @@ class Tokenizer:
         for word in WORD.findall(text):
             if word not in self.known_words:
                 spelled = spell(word)
-                for pair, token in self.token_of.items():  # in the order of the merges
+                for pair, token in self.token_of.items():  # in the order of learning
                     spelled = spelled.replace(pair, token)
                 self.known_words[word] = [*map(ord, spelled)]
             tokens += self.known_words[word]
@@ -894,8 +902,8 @@ class Tokenizer:
 # ---- 11 Data -------------------------------------------------------------------------
 
 
-def reversal_pairs(num_pairs, max_len, seed):
-    """The toy task: random words of 4 to max_len letters, all different, reversed."""
+def demo_pairs(num_pairs, max_len, seed):
+    """The demo's task: random words of 4 to max_len letters, no two alike, reversed."""
     rng = np.random.default_rng(seed)
     words = {}  # not a set, whose order changes from run to run
     while len(words) < num_pairs:
@@ -988,20 +996,21 @@ def widths_of(rows, max_width):
 
 
 def batches_by_width(widths, batch_size, rng=None):
-    """Groups rows, of which only the widths are given: sorts them by width, and cuts
-    that into batches. Returns (numbers of the rows, width of the widest) of each batch.
+    """Groups rows of like width, given the width of each row. Returns a list of batches
+    (numbers of the rows, width of the widest).
 
-    `rng` shuffles the rows before, leaves out what would be less than a batch, and
-    shuffles the batches afterwards.
+    With `rng`, rows and batches come in random order, and rows that would be less than
+    a batch are left out.
 
     >>> batches_by_width(np.array([8, 32, 16, 8]), batch_size=2)
     [(array([0, 3]), 8), (array([2, 1]), 32)]
     """
-    order = np.arange(len(widths))
+    rows = np.arange(len(widths))
     if rng is not None:
-        order = rng.permutation(order)[: len(order) // batch_size * batch_size]
-    order = order[np.argsort(widths[order], kind="stable")]
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        num_whole = len(rows) // batch_size
+        rows = rng.permutation(rows)[: num_whole * batch_size]
+    rows = rows[np.argsort(widths[rows], kind="stable")]
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     if rng is not None:
         rng.shuffle(batches)
     return [(batch, int(widths[batch].max())) for batch in batches]
@@ -1041,21 +1050,21 @@ class Checkpoint(NamedTuple):
 def save_checkpoint(path, config, state, **notes):
     """Writes all it takes to use a model, or to train it further, into one file.
 
-    At every moment there is a whole checkpoint at `path`, the old one or the new one.
-    `notes` are numbers, strings, arrays, and lists and dicts of them.
+    An old checkpoint at `path` stays there until the new one is complete. `notes` are
+    numbers, strings, arrays, and lists and dicts of them.
     """
     state = flax.serialization.to_state_dict(jax.device_get(state))
     content = {"config": dataclasses.asdict(config), "state": state, "notes": notes}
     content = flax.serialization.msgpack_serialize(content)
     digest = hashlib.sha256(content).hexdigest()
     path = os.path.realpath(path)  # A symbolic link is to stay one.
-    # A process that was killed while it saved has left its temporary file. If one is an
-    # hour old, it is such a file: saving takes seconds. A newer one may be in use.
-    for old in glob.glob(f"{glob.escape(path)}.saving-{16 * '[0-9a-f]'}"):
+    temporary = f"{path}.saving-{secrets.token_hex(8)}"  # 16 digits
+    # A process that is killed here leaves such a file behind. One that is an hour old
+    # can go; a newer one may be in use by another process.
+    for old in glob.glob(glob.escape(path) + ".saving-" + 16 * "[0-9a-f]"):
         with contextlib.suppress(OSError):
             if time.time() - os.path.getmtime(old) > 3600:
                 os.remove(old)
-    temporary = f"{path}.saving-{secrets.token_hex(8)}"  # 16 digits
     with open(temporary, "xb") as file:  # x: an error if there is such a file
         try:
             file.write(b"\n".join([FIRST_LINE, digest.encode(), content]))
@@ -1070,24 +1079,24 @@ def save_checkpoint(path, config, state, **notes):
 
 
 def restore(path, template, content):
-    """Returns content of the checkpoint at `path` as a tree of the kind of `template`.
-
-    Other names, shapes or types than the template's are an InputError.
+    """Returns `content`, read from the checkpoint at `path`, as an object like
+    `template`: a TrainState, say. If names, shapes or types differ, it raises an
+    InputError.
     """
 
-    def describe(tree):  # from_state_dict compares names, but not shapes and types.
-        tree = flax.serialization.to_state_dict(tree)
-        names = "shape", "dtype"  # None for what is no array
-        return jax.tree.map(lambda x: [getattr(x, name, None) for name in names], tree)
+    def describe(x):
+        return getattr(x, "shape", None), getattr(x, "dtype", None)
 
-    if describe(content) != describe(template):
+    trees = map(flax.serialization.to_state_dict, (content, template))
+    there, here = (jax.tree.map(describe, tree) for tree in trees)
+    if there != here:
         raise InputError(f"{path}: its content does not fit its configuration")
     return flax.serialization.from_state_dict(template, content)
 
 
 def load_checkpoint(path):
-    """Reads what `save_checkpoint` wrote. To train on, put its state into a TrainState
-    that was made alike: `restore(path, train_state, checkpoint.state)`.
+    """Reads what `save_checkpoint` wrote. To train on, create a TrainState with this
+    configuration and the same optimizer, and pass both states to `restore`.
 
     Another file, a damaged one, and another edition's are an InputError.
     """
@@ -1107,9 +1116,7 @@ def load_checkpoint(path):
         tokenizer = Tokenizer(notes.get("merges", ()))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not what a checkpoint holds: {error}") from None
-    tokens = jnp.full((1, 1), BOS_ID)
-    init = partial(Transformer(config).init, jax.random.key(0))
-    params = jax.eval_shape(init, tokens, tokens)["params"]
+    params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
     restore(path, params, state.get("params"))  # an error, if they do not fit
     return Checkpoint(config, state, notes, tokenizer)
 
@@ -1151,9 +1158,10 @@ def decode_all(model, params, sources, beam_size, short_len=32):
     for numbers, width in batches_by_width(widths, 64):
         # jit compiles for each number of rows, too. So a batch that is not full is
         # filled up to 1, 2, 4, 8, ... rows: np.resize repeats some.
-        filled = np.resize(numbers, 2 ** (len(numbers) - 1).bit_length())
+        num_rows = 2 ** np.ceil(np.log2(len(numbers)))
+        filled = np.resize(numbers, int(num_rows))
         src = pad([[*sources[i], EOS_ID] for i in filled], width)
-        for max_len in sorted({min(short_len, longest), longest}):
+        for max_len in (min(short_len, longest), longest):
             if beam_size == 1:
                 tokens = greedy_decode(model, params, src, max_len)[:, None]
             else:
@@ -1258,8 +1266,8 @@ def translate(args):
 
 # ---- 14 A training run ---------------------------------------------------------------
 
-# These options decide on the model and on the order of its batches. A run that is
-# continued has to keep them.
+# A run that is continued has to keep these options, which decide on the model and on
+# the order of its batches.
 FIXED = "post_norm d_model num_heads num_layers max_len vocab_size batch_size seed"
 
 
@@ -1276,20 +1284,19 @@ class Run:
     notes: dict  # what is saved with the model
 
 
-def choose_pairs(args, kept):
-    """Returns the pairs of texts to train on, and those to measure on.
+def choose_pairs(args, valid=None):
+    """Returns two lists of pairs of texts: those to train on, and those to measure on.
 
-    A run that is continued has been measured on the pairs `kept`, and still is.
+    The latter are `valid`, or, if that is None, chosen here. A pair whose source is
+    among them is not trained on.
     """
     if args.pairs:
         pairs, limit = read_pairs(args.pairs), 500
     else:
-        pairs, limit = reversal_pairs(40_000, args.max_len, args.seed), 512
-    if kept:
-        valid = kept
-    elif args.valid:
+        pairs, limit = demo_pairs(40_000, args.max_len, args.seed), 512
+    if valid is None and args.valid:
         valid = read_pairs(args.valid)
-    else:
+    elif valid is None:
         valid = hold_out(pairs, limit, args.seed)
     sources = {source for source, _ in valid}
     return [pair for pair in pairs if pair[0] not in sources], valid
@@ -1327,23 +1334,18 @@ def make_config(args, vocab_size):
         num_layers=args.num_layers,
         d_ff=4 * args.d_model,
         dropout_rate=args.dropout,
-        max_len=args.max_len + 1,  # with the EOS of a source, or the BOS of a target
+        max_len=args.max_len + 1,  # of the text, and one for EOS or BOS
         norm_first=not args.post_norm,
         dtype="bfloat16" if args.bf16 else "float32",
     )
 
 
-def begin(args, old=None):
-    """Returns the Run that the options ask for, at its start.
-
-    If a run is continued, `old` is its Checkpoint: the tokenizer and the pairs to
-    measure on are taken from there.
+def begin(args, valid_texts=None, tokenizer=None):
+    """Returns the Run that the options ask for, at its start. A run that is continued
+    keeps its pairs to measure on and its tokenizer; None stands for new ones.
     """
-    kept = [tuple(pair) for pair in old.notes["valid_pairs"]] if old else None
-    train_texts, valid_texts = choose_pairs(args, kept)
-    if old:
-        tokenizer = old.tokenizer
-    else:
+    train_texts, valid_texts = choose_pairs(args, valid_texts)
+    if tokenizer is None:
         tokenizer = Tokenizer.learn(itertools.chain(*train_texts), args.vocab_size)
     train_pairs = encode_pairs(train_texts, tokenizer, args.max_len)
     valid_pairs = encode_pairs(valid_texts, tokenizer, args.max_len)
@@ -1366,7 +1368,7 @@ def begin(args, old=None):
         "steps": args.steps,
         "valid_pairs": [list(pair) for pair in valid_texts],
         "digest": hashlib.sha256(repr(train_pairs).encode()).hexdigest(),
-        "loss": float("inf"),  # of the model that is saved, see `report`; none so far
+        "beats_guessing": False,  # whether the model that was saved does, see `report`
         "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
     }
     model = Transformer(config)
@@ -1377,18 +1379,19 @@ def resume(args, old):
     """Returns the Run that goes on from the Checkpoint `old`, if options allow it."""
     path, notes = args.checkpoint, old.notes
     kinds = {"options": dict, "steps": int, "valid_pairs": list}
-    kinds |= {"digest": str, "loss": float}
+    kinds |= {"digest": str, "beats_guessing": bool}
     if not all(isinstance(notes.get(name), kind) for name, kind in kinds.items()):
         raise InputError(f"{path}: cannot continue: not saved by a training run")
     for name, here in fixed_options(args).items():
         if (there := notes["options"].get(name)) != here:
             change = f"{name} is {there} there and {here} here"
             raise InputError(f"{path}: cannot continue: {change}")
-    if args.valid and [*map(list, read_pairs(args.valid))] != notes["valid_pairs"]:
+    valid = notes["valid_pairs"]
+    if args.valid and [list(pair) for pair in read_pairs(args.valid)] != valid:
         raise InputError(f"{args.valid}: not the pairs that {path} was measured on")
-    run = begin(args, old)
+    run = begin(args, valid, old.tokenizer)
     run.state = restore(path, run.state, old.state)
-    run.notes["loss"] = notes["loss"]
+    run.notes["beats_guessing"] = notes["beats_guessing"]
     if run.notes["digest"] != notes["digest"]:
         log(f"{path}: the pairs to train on have changed since")
     if args.steps != notes["steps"]:
@@ -1407,7 +1410,7 @@ def show_model(config, params, mesh):
     parts = ", ".join(f"{part} {size:,}" for part, size in sizes.items())
     say(f"Parameters: {sum(sizes.values()):,} ({parts})")
     say(f"Devices: {mesh.size} x {mesh.devices.flat[0].device_kind}\n")
-    tokens = to_batch([([], Tokenizer().encode("ab"))], width=4)["tgt"]
+    tokens = to_batch([([], Tokenizer().encode("ab"))], width=4)["tgt"]  # [1, 5]
     mask = (padding_mask(tokens) & causal_mask(5))[0, 0]
     say('The decoder\'s mask for "ab", padded: # may be attended to, queries down')
     for name, row in zip(["BOS", "a", "b", "EOS", "PAD"], mask):
@@ -1456,69 +1459,81 @@ def saved_so_far(path):
         return ", and nothing is saved"
 
 
-def report(run, step, metrics, speed, tokens_per_second):
-    """Saves the run at this step, and prints a line of progress. `metrics` are those of
-    the last step, `speed` is in steps a second. Returns the loss.
+def report(run, metrics, steps_per_second, tokens_per_second):
+    """Saves the run, unless it has got much worse, and prints a line of progress, with
+    the metrics of the last step.
     """
+    step, steps = int(run.state.step), run.args.steps
     loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
     values = loss, *jax.tree.leaves(jax.device_get(run.state.params))
     if not all(np.isfinite(x).all() for x in values):
         saved = saved_so_far(run.args.checkpoint)
         what = f"not finite at step {step}: the loss ({loss:.4g}) or a parameter"
         raise RunError(f"{what}; try a lower --learning-rate{saved}")
-    # Above ln V the loss is worse than that of guessing: training has gone wrong. Then
-    # a better model that has been saved is kept.
-    guessing = np.log(run.model.config.tgt_vocab_size)
-    if loss > guessing and run.notes["loss"] <= guessing:
+    # A loss above ln V is worse than that of guessing evenly. If a better model was
+    # saved before, training has gone wrong since, and that model is kept.
+    guessing = float(np.log(run.model.config.tgt_vocab_size))
+    beats_guessing = loss <= guessing
+    if run.notes["beats_guessing"] and not beats_guessing:
         log(f"not saved: the loss is above {guessing:.4f}, that of guessing")
     else:
-        run.notes["loss"] = loss
+        run.notes["beats_guessing"] = beats_guessing
         save(run)
-    steps = run.args.steps
-    left = round((steps - step) / speed)
+    left = round((steps - step) / steps_per_second)
     log(
         f"step {step:>{len(str(steps))}} of {steps}  loss {loss:.4f}"
         f"  accuracy {accuracy:6.1%}  {tokens_per_second:,.0f} tokens/s"
         f"  {left // 60}:{left % 60:02} left"
     )
-    return loss
+
+
+def train_for_a_minute(run, batches, num_steps, sharding):
+    """Does `num_steps` steps, or fewer if a minute is over.
+
+    `sharding` says which rows of a batch each device gets. Returns the metrics of the
+    last step, and how many steps and tokens were done in a second.
+    """
+    start, metrics, num_tokens = time.perf_counter(), None, 0
+    for done, batch in enumerate(itertools.islice(batches, num_steps), 1):
+        num_tokens += (batch["tgt"][:, 1:] != PAD_ID).sum()
+        # While this loop made the batch, the device did the step before. Wait for that:
+        # with two steps under way, processes on CPUs would block each other.
+        jax.block_until_ready(metrics)
+        batch = jax.device_put(batch, sharding)  # an error if processes' batches differ
+        run.state, metrics = train_step(run.state, batch, run.args.label_smoothing)
+        if time.perf_counter() - start > 60:
+            break
+    jax.block_until_ready(metrics)
+    seconds = time.perf_counter() - start
+    return metrics, done / seconds, num_tokens / seconds
 
 
 def train_to_the_end(run, sharding):
-    """Does the steps that are left. The first process reports now and then, at least
-    once a minute. `sharding` says which part of a batch each device gets.
+    """Does the steps that are left.
+
+    The first process reports after every twentieth of all steps, or 500, and after a
+    minute without a report. With every fifth of these twentieths, it also measures the
+    model on unseen pairs.
     """
-    args, start, max_len = run.args, int(run.state.step), run.model.config.max_len
+    args, step, max_len = run.args, int(run.state.step), run.model.config.max_len
     batches = training_batches(
-        run.train_pairs, max_len, args.batch_size, args.seed, start
+        run.train_pairs, max_len, args.batch_size, args.seed, step
     )
-    every, metrics = max(1, min(500, args.steps // 20)), None
+    every = max(1, min(500, args.steps // 20))
     last_unseen, last_seen, losses = np.inf, np.inf, []
-    since, num_steps, num_tokens = time.perf_counter(), 0, 0
-    for step, batch in zip(range(start + 1, args.steps + 1), batches):
-        num_steps += 1
-        num_tokens += int((batch["tgt"][:, 1:] != PAD_ID).sum())
-        batch = {  # For each device, JAX calls for its rows: x[index of the rows].
-            name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-            for name, x in batch.items()
-        }
-        # Wait for the step before, which the device did while this loop made the batch.
-        # With more than one step under way, processes on CPUs would block each other.
-        jax.block_until_ready(metrics)
-        run.state, metrics = train_step(run.state, batch, args.label_smoothing)
-        is_last, is_late = step == args.steps, time.perf_counter() - since > 60
-        is_due = step % every == 0 or is_last or is_late
-        if is_due and jax.process_index() == 0:
-            jax.block_until_ready(metrics)
-            seconds = time.perf_counter() - since
-            speeds = num_steps / seconds, num_tokens / seconds
-            losses.append(report(run, step, metrics, *speeds))
-            if step % (5 * every) == 0 and not is_last:
-                unseen, seen = evaluate(run, 3, sys.stderr), np.mean(losses)
-                if unseen > last_unseen and seen < last_seen:
-                    log("the loss on unseen pairs has risen, on training pairs fallen")
-                last_unseen, last_seen, losses = unseen, seen, []
-            since, num_steps, num_tokens = time.perf_counter(), 0, 0
+    while step < args.steps:
+        num_steps = min(every - step % every, args.steps - step)
+        metrics, *speeds = train_for_a_minute(run, batches, num_steps, sharding)
+        step = int(run.state.step)
+        if jax.process_index() != 0:
+            continue
+        report(run, metrics, *speeds)
+        losses.append(float(metrics["loss"]))
+        if step % (5 * every) == 0 and step < args.steps:
+            unseen, seen = evaluate(run, 3, sys.stderr), np.mean(losses)
+            if unseen > last_unseen and seen < last_seen:
+                log("the loss on unseen pairs has risen, on training pairs fallen")
+            last_unseen, last_seen, losses = unseen, seen, []
 
 
 def train(args):
@@ -1566,8 +1581,8 @@ KINDS = {
 }
 # The defaults are not the paper's, whose models are large and learn for days on eight
 # GPUs. Minutes have to be enough here. So the learning rate is high, which pre-norm
-# bears after a short warm-up (Xiong et al., 2020). And there is no dropout: it slows
-# learning down, and is worth that only where every pair is seen many times.
+# bears after a short warm-up (Xiong et al., 2020). And there is no dropout, as it slows
+# learning down. Where every pair is seen many times, it is worth its price.
 #
 # name: (kind, default of the demo, default with --pairs, what the option means)
 OPTIONS = {
@@ -1583,7 +1598,7 @@ OPTIONS = {
     "learning_rate": ("rate", 3e-3, 3e-3, "its peak"),
     "dropout": ("share", 0.0, 0.0, "dropout rate"),
     "label_smoothing": ("share", 0.0, 0.1, "label smoothing"),
-    "seed": ("seed", 0, 0, "of parameters, dropout and the order of the data"),
+    "seed": ("seed", 0, 0, "of all that is random"),
     "d_model": ("size", 64, 128, "width; the inner width is 4 times that"),
     "num_heads": ("size", 4, 4, "attention heads"),
     "num_layers": ("size", 1, 2, "blocks in each stack"),
@@ -1637,13 +1652,16 @@ def make_parser():
 
 def parse_arguments(argv):
     """Returns the options, checked and complete."""
-    # A text may begin with a dash, which argparse takes for an option. So the parser
-    # gets --translate alone. The texts are the words after it, up to one with two
-    # dashes.
-    start = argv.index("--translate") + 1 if "--translate" in argv else len(argv)
-    texts = [*itertools.takewhile(lambda text: text[:2] != "--", argv[start:])]
-    others = [*argv[:start], *argv[start + len(texts) :]]
-    given = vars(make_parser().parse_args(others))
+    # A text to translate may begin with a dash, and argparse would take it for an
+    # option. So the parser does not get the texts: the words after --translate, up to
+    # the next one with two dashes.
+    options, texts, last_option = [], [], None
+    for word in argv:
+        if word.startswith("--"):
+            last_option = word
+        is_text = last_option == "--translate" and word != last_option
+        (texts if is_text else options).append(word)
+    given = vars(make_parser().parse_args(options))
     is_translation, has_pairs = "translate" in given, "pairs" in given
     for name in given:
         if is_translation and name not in FOR_TRANSLATION:
@@ -1655,7 +1673,7 @@ def parse_arguments(argv):
     defaults = {name: option[2 if has_pairs else 1] for name, option in OPTIONS.items()}
     args = argparse.Namespace(**{"translate": None, **defaults, **given})
     if is_translation:
-        args.translate = texts
+        args.translate += texts
         if args.checkpoint is None:
             raise InputError("--translate needs --checkpoint FILE")
     elif not has_pairs and args.max_len < 4:
@@ -1693,7 +1711,8 @@ def fail(status, message=None):
         try:
             stream.flush()
         except OSError:
-            # Left open, the stream would be flushed again when Python exits, in vain.
+            # Python flushes an open stream once more when it exits, and would add an
+            # error of its own.
             with contextlib.suppress(OSError):
                 stream.close()
     return status

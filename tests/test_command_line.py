@@ -33,8 +33,8 @@ def data_of(*args, notes=None):
     if notes is None:
         run = tm.begin(args)
     else:
-        tokenizer = tm.Tokenizer(notes["merges"])
-        run = tm.begin(args, tm.Checkpoint(None, None, notes, tokenizer))
+        kept = [tuple(pair) for pair in notes["valid_pairs"]]
+        run = tm.begin(args, kept, tm.Tokenizer(notes["merges"]))
     sets = run.train_pairs, run.valid_pairs
     return [[tuple(map(run.tokenizer.decode, pair)) for pair in some] for some in sets]
 
@@ -226,7 +226,7 @@ def test_checkpoint_keeps_its_validation_pairs(capsys, checkpoint, tmp_path):
     notes = tm.load_checkpoint(checkpoint).notes
     kept = [tuple(pair) for pair in notes["valid_pairs"]]
     assert len(kept) == 20
-    others = tm.reversal_pairs(200, 7, seed=0)[150:] + [("new", "wen")] * 9
+    others = tm.demo_pairs(200, 7, seed=0)[150:] + [("new", "wen")] * 9
     changed = [*others, *kept[:5], (kept[6][0], "x")][::-1]
     path = write_pairs(tmp_path / "changed.tsv", changed)
     train, valid = data_of("--pairs", path, notes=notes)
@@ -243,7 +243,7 @@ def test_checkpoint_keeps_its_validation_pairs(capsys, checkpoint, tmp_path):
     status, out, err = run(capsys, *args)
     assert status == 0 and "the pairs to train on have changed" in err
     assert sum("changed" in line.split("/")[-1] for line in err.splitlines()) == 1
-    write_pairs(path, tm.reversal_pairs(200, 7, seed=0))
+    write_pairs(path, tm.demo_pairs(200, 7, seed=0))
     status, same, err = run(capsys, *args)
     assert status == 0 and "has changed" not in err
     assert score(out) == score(same)

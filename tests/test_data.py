@@ -18,12 +18,12 @@ import transformer_model as tm
 # ---- Pairs
 
 
-def test_reversal_pairs_are_distinct_reversed_and_of_all_lengths():
-    pairs = tm.reversal_pairs(500, 12, seed=0)
+def test_demo_pairs_are_distinct_reversed_and_of_all_lengths():
+    pairs = tm.demo_pairs(500, 12, seed=0)
     assert len({source for source, _ in pairs}) == 500
     assert all(target == source[::-1] for source, target in pairs)
     assert {len(source) for source, _ in pairs} == set(range(4, 13))
-    assert pairs == tm.reversal_pairs(500, 12, seed=0) != tm.reversal_pairs(500, 12, 1)
+    assert pairs == tm.demo_pairs(500, 12, seed=0) != tm.demo_pairs(500, 12, 1)
 
 
 def test_read_pairs(tmp_path):

@@ -297,8 +297,8 @@ WRONG_TO_CONTINUE = {
     "no options": without_note("options"),
     "a number for the options": put("notes", "options", value=5),
     "no validation pairs": without_note("valid_pairs"),
-    "no loss": without_note("loss"),
-    "text for the loss": put("notes", "loss", value="x"),
+    "no word on guessing": without_note("beats_guessing"),
+    "text for a truth value": put("notes", "beats_guessing", value="x"),
     "no digest": without_note("digest"),
     "text for the step": put("state", "step", value="x"),
     "no optimizer": put("state", "opt_state", value=5),
@@ -351,8 +351,8 @@ def test_diverged_model_does_not_replace_a_better_one(
     path = tmp_path / "model.msgpack"
     args = ["--pairs", pairs_file, "--checkpoint", path, *LEARN, "--steps", 7]
     args += ["--learning-rate", 100]
-    for loss, expected in [(5.5, 5), (float("inf"), 7)]:  # ln 259 = 5.557
-        forge(checkpoint, path, put("notes", "loss", value=loss))
+    for is_better, expected in [(True, 5), (False, 7)]:
+        forge(checkpoint, path, put("notes", "beats_guessing", value=is_better))
         status, _, err = run(capsys, *args)
         assert status == 0 and ("not saved" in err) == (expected == 5)
         assert tm.load_checkpoint(path).state["step"] == expected
