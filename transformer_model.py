@@ -9,9 +9,9 @@ the paper (arXiv:1706.03762), to which "section", "Eq.", "Table" and "Figure" re
 
 Sections: 1 Configuration, 2 Masks, 3 Positional encoding, 4 Attention, 5 Feed-forward
 network, 6 Blocks, 7 The model, 8 Training, 9 Inference, 10 Text, 11 Data, 12 Check-
-points, 13 Translation, 14 A training run, 15 Command line. After section 7 the
-architecture is complete, and after section 10, which makes subwords, all of the paper.
-The rest is a program around it.
+points, 13 Translation, 14 A training run, 15 Command line. The architecture ends with
+section 7. Sections 8 to 11 train it, search with it and feed it, as the paper does. The
+rest is a program around that.
 
 Shapes are written with the same letters everywhere:
 
@@ -27,8 +27,7 @@ attention is allowed. `kv` is a pair, the keys and the values, each [B, H, L, K]
 import signal
 
 if __name__ == "__main__":
-    # The imports take seconds. Until the last lines of this file, Ctrl-C ends the
-    # program at once, without a traceback.
+    # The imports take seconds. Let Ctrl-C end them without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -198,8 +197,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # A query that may attend to nothing gets zeros here. With scores of -inf instead of
-    # `where`, it would get 0 / 0.
+    # The softmax gives masked keys the weight 0, even if all keys are masked. With the
+    # paper's way, scores of -inf, it would be NaN then.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -355,9 +354,8 @@ class DecoderBlock(nn.Module):
           start: the position of the first token of x.
 
         Returns:
-          x after the block, [B, T, D], and the kv that the self-attention has read:
-          without a cache that of x, and with one the cache, into which the kv of x has
-          been written, from `start` on.
+          x after the block, [B, T, D], and the kv that self-attention attended to: the
+          cache, if there is one, and the kv of x now in it.
         """
         first, second, third = self.add_and_norm
 
@@ -582,7 +580,7 @@ def paper_schedule(d_model, warmup_steps=4000):
 class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, optimizer and its state) with a random key."""
 
-    dropout_key: jax.Array  # jax.random.key_data of it: checkpoints hold plain arrays
+    dropout_key: jax.Array  # as plain numbers, uint32 [2], which a checkpoint can hold
 
 
 def init_params(config, key):
@@ -605,8 +603,8 @@ def create_train_state(config, key, optimizer=None):
     params_key, dropout_key = jax.random.split(key)
     params = jax.jit(init_params, static_argnames="config")(config, params_key)
     return TrainState(
-        # An int would make jit compile train_step twice: for the int, and for the array
-        # that takes its place with the first step.
+        # The first step makes this an array. Were it an int before, jit would compile
+        # train_step for both.
         step=jnp.zeros((), jnp.int32),
         apply_fn=Transformer(config).apply,
         params=params,
@@ -658,17 +656,16 @@ def eval_step(state, batch):
 
 
 def start_decoding(model, params, src, max_len, beam_size=1):
-    """Encodes src, int [B, S]. Returns a function, next_logits, and an empty cache.
-
-    The tokens of a search are int [B * W, L]: W = `beam_size` rows for each source, one
-    below the other, with room for BOS and max_len tokens, L = max_len + 1. At first a
-    row is BOS and PAD. At each step, the PAD at one more position becomes a token. When
-    `position` is that of the last token,
+    """Encodes src, int [B, S]. Returns a function and an empty cache:
 
         logits, cache = next_logits(tokens, position, cache)
 
-    gives the logits of the token at position + 1, float32 [B * W, V], and the cache,
-    the `Decoder`'s, of length L, with the last token's kv in it.
+    The tokens are those of all hypotheses so far, int [B * W, L]. Each source has W =
+    `beam_size` rows, one below the other. A row has room for BOS and max_len tokens, L
+    = max_len + 1. It is filled up to `position`, and PAD from there on.
+
+    The logits, float32 [B * W, V], are for the tokens at position + 1. The cache is the
+    `Decoder`'s, of length L, and filled up to `position` as well.
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -681,8 +678,8 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     memory_kv, memory_mask = jax.tree.map(repeat, (memory_kv, padding_mask(src)))
 
     def next_logits(tokens, position, cache):
-        # This mask hides all positions that have no token yet: they are PAD. So there
-        # is no need of a causal mask.
+        # Positions that have no token yet are PAD, so that this mask hides them, too.
+        # There is no need of a causal mask.
         self_mask = padding_mask(tokens)
         last = tokens[:, position][:, None]  # [B * W, 1]
         inputs = last, self_mask, memory_kv, memory_mask, cache, position
@@ -720,7 +717,8 @@ def greedy_decode(model, params, src, max_len):
     def step(carry):
         position, tokens, cache = carry
         logits, cache = next_logits(tokens, position, cache)
-        highest, token = jax.lax.top_k(logits, 1)  # both [B, 1]; NaN counts as highest
+        # Like argmax, and faster. NaN counts as the highest logit.
+        highest, token = jax.lax.top_k(logits, 1)  # both [B, 1]
         token = jnp.where(jnp.isnan(highest), -1, token)[:, 0]
         token = jnp.where(has_ended(tokens), PAD_ID, token)
         return position + 1, tokens.at[:, position + 1].set(token), cache
@@ -741,12 +739,21 @@ def best_continuations(log_p, ended, next_log_p):
     Returns:
       log_p [W] of the new hypotheses; parent, int [W], the number of the hypothesis
       that each of them continues; token, int [W], what it adds to that.
+
+    Here the first of two hypotheses may go on with the tokens 2 and 3. The second has
+    ended.
+
+    >>> p, ended = np.array([0.5, 0.4]), np.array([False, True])
+    >>> next_p = np.array([[0.01, 0.01, 0.38, 0.6], [0.25, 0.25, 0.25, 0.25]])
+    >>> log_p, *chosen = best_continuations(np.log(p), ended, np.log(next_p))
+    >>> print(np.exp(log_p).round(2), *chosen)
+    [0.4 0.3] [1 0] [0 3]
     """
     beam_size, vocab_size = next_log_p.shape
     # A hypothesis that has ended has one continuation, PAD, which costs nothing.
     pad_alone = jnp.where(jnp.arange(vocab_size) == PAD_ID, 0, -jnp.inf)  # [V]
     total = log_p[:, None] + jnp.where(ended[:, None], pad_alone, next_log_p)  # [W, V]
-    # Flattened, the continuation of hypothesis w with token v has the number w V + v.
+    # In a row, the continuation of hypothesis w by token v is number w V + v.
     log_p, number = jax.lax.top_k(total.ravel(), beam_size)
     return log_p, number // vocab_size, number % vocab_size
 
@@ -772,7 +779,7 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     """
     next_logits, cache = start_decoding(model, params, src, max_len, beam_size)
     shape = src.shape[0], beam_size
-    source = jnp.arange(shape[0])[:, None]  # the numbers of the sources, [B, 1]
+    source = jnp.arange(shape[0])[:, None]  # 0 to B - 1, [B, 1]
 
     def step(carry):
         position, tokens, log_p, cache = carry  # log_p [B, W]
@@ -783,7 +790,7 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
         log_p, parent, token = choose(log_p, ended, next_log_p)  # all [B, W]
         # A hypothesis goes on with its parent's tokens and cache. The memory's kv is
         # the same for all hypotheses of a source.
-        row = (source * beam_size + parent).ravel()  # that of the parent, [B * W]
+        row = (source * beam_size + parent).ravel()  # the parent's, [B * W]
         tokens, cache = jax.tree.map(lambda x: x[row], (tokens, cache))
         tokens = tokens.at[:, position + 1].set(token.ravel())
         return position + 1, tokens, log_p, cache
@@ -856,7 +863,7 @@ class Tokenizer:
         words = collections.Counter(w for text in texts for w in WORD.findall(text))
         spelled = {word: spell(word) for word in words}
         counts = collections.Counter()  # how often each pair occurs in all texts
-        words_with = collections.defaultdict(set)  # in which words a pair is, or was
+        words_with = collections.defaultdict(set)  # the words that have, or had, a pair
 
         def count_pairs(word, times):
             for pair in itertools.pairwise(spelled[word]):
@@ -872,9 +879,9 @@ class Tokenizer:
                 break
             pair = min(pair for pair, number in counts.items() if number == highest)
             both, token = "".join(pair), chr(FIRST_MERGE_ID + len(merges))
-            for word in words_with.pop(pair):
+            for word in list(words_with[pair]):
                 if both in spelled[word]:
-                    count_pairs(word, -words[word])  # takes back what it has counted
+                    count_pairs(word, -words[word])  # takes back what was counted
                     spelled[word] = spelled[word].replace(both, token)
                     count_pairs(word, words[word])
             merges.append(tuple(map(ord, pair)))
@@ -946,11 +953,10 @@ def read_pairs(path):
 
 
 def hold_out(pairs, limit, seed):
-    """Chooses pairs to measure on. A tenth of the sources are taken at random, at most
-    `limit` of them, and one pair of each. Training has to leave out all pairs that have
-    these sources.
+    """Chooses pairs to measure on: a tenth of the sources, at most `limit`, at random,
+    each with one of its targets. Training has to leave out all pairs of these sources.
     """
-    targets = dict(pairs)  # a target for each source, the last one
+    targets = dict(pairs)
     sources = list(targets)
     limit = min(limit, max(1, len(sources) // 10))
     chosen = np.random.default_rng(seed).permutation(len(sources))[:limit]
@@ -978,34 +984,31 @@ def to_batch(pairs, width):
     return {"src": src, "tgt": tgt}
 
 
-def widths_of(rows, max_width):
-    """The width that each row is padded to, one of a few: jit compiles for each width.
+def width_of(row, max_width):
+    """The width that a row is padded to. jit compiles for each, so it is one of a few:
+    max_width, halved as often as it has room for the longest list and EOS, and is at
+    least 8. A row is a tuple of lists of tokens, such as a pair.
 
-    A row is a tuple of lists of tokens, such as a pair. The widths are max_width, half
-    of it, a quarter, and so on, as long as they are at least 8. A row gets the smallest
-    that has room for its longest list and EOS.
-
-    >>> widths_of([([5] * 3, [5] * 20), ([5] * 8,), ([5],)], max_width=33)
-    array([33, 16,  8])
+    >>> [width_of(row, max_width=33) for row in [([5], [5] * 20), ([5] * 8,), ([5],)]]
+    [33, 16, 8]
     """
-    choices = [max_width]
-    while choices[0] >= 16:
-        choices.insert(0, choices[0] // 2)
-    lengths = [max(map(len, row)) + 1 for row in rows]
-    return np.array(choices)[np.searchsorted(choices, lengths)]
+    least, width = max(8, *(len(tokens) + 1 for tokens in row)), max_width
+    while width // 2 >= least:
+        width //= 2
+    return width
 
 
 def batches_by_width(widths, batch_size, rng=None):
     """Groups rows of like width, given the width of each row. Returns a list of batches
     (numbers of the rows, width of the widest).
 
-    With `rng`, rows and batches come in random order, and rows that would be less than
-    a batch are left out.
+    With `rng`, rows and batches come in random order. Then some rows are left out, so
+    that all batches are full.
 
-    >>> batches_by_width(np.array([8, 32, 16, 8]), batch_size=2)
+    >>> batches_by_width([8, 32, 16, 8], batch_size=2)
     [(array([0, 3]), 8), (array([2, 1]), 32)]
     """
-    rows = np.arange(len(widths))
+    widths, rows = np.array(widths), np.arange(len(widths))
     if rng is not None:
         num_whole = len(rows) // batch_size
         rows = rng.permutation(rows)[: num_whole * batch_size]
@@ -1022,7 +1025,7 @@ def training_batches(pairs, max_width, batch_size, seed, start=0):
     They follow from these arguments alone, so that a run can be taken up again. There
     must be at least `batch_size` pairs.
     """
-    widths = widths_of(pairs, max_width)
+    widths = [width_of(pair, max_width) for pair in pairs]
     epochs = (
         batches_by_width(widths, batch_size, np.random.default_rng([seed, epoch]))
         for epoch in itertools.count()
@@ -1059,8 +1062,8 @@ def save_checkpoint(path, config, state, **notes):
     digest = hashlib.sha256(content).hexdigest()
     path = os.path.realpath(path)  # A symbolic link is to stay one.
     temporary = f"{path}.saving-{secrets.token_hex(8)}"  # 16 digits
-    # A process that is killed here leaves such a file behind. One that is an hour old
-    # can go; a newer one may be in use by another process.
+    # A process that is killed before it renames its file leaves it behind. What is an
+    # hour old can go; a newer file may be in use.
     for old in glob.glob(glob.escape(path) + ".saving-" + 16 * "[0-9a-f]"):
         with contextlib.suppress(OSError):
             if time.time() - os.path.getmtime(old) > 3600:
@@ -1154,10 +1157,10 @@ def decode_all(model, params, sources, beam_size, short_len=32):
     ended.
     """
     outputs, longest = [None] * len(sources), model.config.max_len
-    widths = widths_of([(source,) for source in sources], longest)
+    widths = [width_of((source,), longest) for source in sources]
     for numbers, width in batches_by_width(widths, 64):
-        # jit compiles for each number of rows, too. So a batch that is not full is
-        # filled up to 1, 2, 4, 8, ... rows: np.resize repeats some.
+        # jit compiles for each number of rows, too. So the batch is filled up to 1, 2,
+        # 4, 8, ... rows: np.resize repeats some, which the last loop leaves out.
         num_rows = 2 ** np.ceil(np.log2(len(numbers)))
         filled = np.resize(numbers, int(num_rows))
         src = pad([[*sources[i], EOS_ID] for i in filled], width)
@@ -1239,6 +1242,7 @@ def translate(args):
     if args.bf16:
         config = dataclasses.replace(config, dtype="bfloat16")
     model, params = Transformer(config), jax.device_put(state["params"])
+    longest = config.max_len - 1  # without EOS
     number, status = 0, 0
     for chunk in chunks_to_translate(args.translate):
         sources = []  # lists of tokens, empty for a line that cannot be translated
@@ -1246,9 +1250,9 @@ def translate(args):
             number += 1
             try:
                 source = tokenizer.encode(decode_line(line, f"line {number}"))
-                if len(source) >= config.max_len:
-                    most = f"the most is {config.max_len - 1}"
-                    raise InputError(f"line {number}: {len(source)} tokens, {most}")
+                if len(source) > longest:
+                    problem = f"{len(source)} tokens, the most is {longest}"
+                    raise InputError(f"line {number}: {problem}")
             except InputError as error:
                 log(f"error: {error}")
                 source, status = [], 2
@@ -1278,10 +1282,10 @@ class Run:
     args: argparse.Namespace  # the options
     tokenizer: Tokenizer
     train_pairs: list  # of pairs of lists of tokens
-    valid_pairs: list  # of others, to measure on
+    valid_pairs: list  # of unseen pairs of lists of tokens, to measure on
     model: Transformer
     state: TrainState
-    notes: dict  # what is saved with the model
+    notes: dict  # what else is saved, see `begin`
 
 
 def choose_pairs(args, valid=None):
@@ -1366,9 +1370,9 @@ def begin(args, valid_texts=None, tokenizer=None):
     notes = {
         "options": fixed_options(args),
         "steps": args.steps,
-        "valid_pairs": [list(pair) for pair in valid_texts],
+        "valid_texts": [list(pair) for pair in valid_texts],
         "digest": hashlib.sha256(repr(train_pairs).encode()).hexdigest(),
-        "beats_guessing": False,  # whether the model that was saved does, see `report`
+        "beats_guessing": False,  # whether the model saved does, as `report` finds out
         "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
     }
     model = Transformer(config)
@@ -1378,7 +1382,7 @@ def begin(args, valid_texts=None, tokenizer=None):
 def resume(args, old):
     """Returns the Run that goes on from the Checkpoint `old`, if options allow it."""
     path, notes = args.checkpoint, old.notes
-    kinds = {"options": dict, "steps": int, "valid_pairs": list}
+    kinds = {"options": dict, "steps": int, "valid_texts": list}
     kinds |= {"digest": str, "beats_guessing": bool}
     if not all(isinstance(notes.get(name), kind) for name, kind in kinds.items()):
         raise InputError(f"{path}: cannot continue: not saved by a training run")
@@ -1386,10 +1390,10 @@ def resume(args, old):
         if (there := notes["options"].get(name)) != here:
             change = f"{name} is {there} there and {here} here"
             raise InputError(f"{path}: cannot continue: {change}")
-    valid = notes["valid_pairs"]
-    if args.valid and [list(pair) for pair in read_pairs(args.valid)] != valid:
+    valid_texts = notes["valid_texts"]
+    if args.valid and [list(pair) for pair in read_pairs(args.valid)] != valid_texts:
         raise InputError(f"{args.valid}: not the pairs that {path} was measured on")
-    run = begin(args, valid, old.tokenizer)
+    run = begin(args, valid_texts, old.tokenizer)
     run.state = restore(path, run.state, old.state)
     run.notes["beats_guessing"] = notes["beats_guessing"]
     if run.notes["digest"] != notes["digest"]:
@@ -1402,7 +1406,7 @@ def resume(args, old):
 
 
 def show_model(config, params, mesh):
-    """Prints the configuration, the parameters by part, the device, and the masks."""
+    """Prints the configuration, the parameters by part, the device, and a mask."""
     say("Transformer:")
     for name, value in dataclasses.asdict(config).items():
         say(f"  {name:<16} {value}")
@@ -1419,11 +1423,11 @@ def show_model(config, params, mesh):
 
 def evaluate(run, num_shown, file=None):
     """Prints the score on unseen pairs, and some of them; returns their loss."""
-    # The state may be on several devices, and in several processes. Here, one will do.
+    # The state may be on the devices of several processes. This needs one device.
     state = run.state.replace(opt_state=())  # which is large, and not needed
     state = jax.device_put(jax.device_get(state), jax.local_devices()[0])
     pairs, losses, num_labels = run.valid_pairs, [], []
-    widths = widths_of(pairs, run.model.config.max_len)
+    widths = [width_of(pair, run.model.config.max_len) for pair in pairs]
     for numbers, width in batches_by_width(widths, 64):
         batch = to_batch([pairs[i] for i in numbers], width)
         losses.append(float(eval_step(state, batch)["loss"]))
@@ -1460,8 +1464,10 @@ def saved_so_far(path):
 
 
 def report(run, metrics, steps_per_second, tokens_per_second):
-    """Saves the run, unless it has got much worse, and prints a line of progress, with
-    the metrics of the last step.
+    """Saves the run and prints a line of progress, with the metrics of the last step.
+
+    A loss or a parameter that is not finite raises a RunError. If the model has become
+    useless, it is not saved.
     """
     step, steps = int(run.state.step), run.args.steps
     loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
@@ -1491,7 +1497,7 @@ def train_for_a_minute(run, batches, num_steps, sharding):
     """Does `num_steps` steps, or fewer if a minute is over.
 
     `sharding` says which rows of a batch each device gets. Returns the metrics of the
-    last step, and how many steps and tokens were done in a second.
+    last step, and the steps and target tokens done in a second.
     """
     start, metrics, num_tokens = time.perf_counter(), None, 0
     for done, batch in enumerate(itertools.islice(batches, num_steps), 1):
@@ -1511,9 +1517,8 @@ def train_for_a_minute(run, batches, num_steps, sharding):
 def train_to_the_end(run, sharding):
     """Does the steps that are left.
 
-    The first process reports after every twentieth of all steps, or 500, and after a
-    minute without a report. With every fifth of these twentieths, it also measures the
-    model on unseen pairs.
+    The first process reports `every` so many steps, and after a minute without report.
+    At every fifth multiple of `every`, it also measures the model on unseen pairs.
     """
     args, step, max_len = run.args, int(run.state.step), run.model.config.max_len
     batches = training_batches(
@@ -1581,8 +1586,8 @@ KINDS = {
 }
 # The defaults are not the paper's, whose models are large and learn for days on eight
 # GPUs. Minutes have to be enough here. So the learning rate is high, which pre-norm
-# bears after a short warm-up (Xiong et al., 2020). And there is no dropout, as it slows
-# learning down. Where every pair is seen many times, it is worth its price.
+# bears after a short warm-up (Xiong et al., 2020). And there is no dropout, which slows
+# learning down, and helps only where every pair is seen many times.
 #
 # name: (kind, default of the demo, default with --pairs, what the option means)
 OPTIONS = {
@@ -1638,13 +1643,13 @@ def make_parser():
     parser = Parser(description=description, allow_abbrev=False, argument_default=omit)
     text = "translate, and exit; without TEXT, the lines of stdin"
     parser.add_argument("--translate", nargs="*", metavar="TEXT", help=text)
-    for name, (kind, demo, pairs, text) in OPTIONS.items():
+    for name, (kind, in_demo, with_pairs, text) in OPTIONS.items():
         if kind == "flag":
             parser.add_argument(flag(name), action="store_true", help=text)
             continue
         if kind != "file":
-            default = demo if demo == pairs else f"{demo}, with --pairs {pairs}"
-            text = f"{text} (default {default})"
+            default = f"{in_demo}, with --pairs {with_pairs}"
+            text += f" (default {in_demo if in_demo == with_pairs else default})"
         details = {"metavar": kind.upper(), "help": text}
         parser.add_argument(flag(name), type=partial(parse_value, kind), **details)
     return parser
@@ -1670,7 +1675,10 @@ def parse_arguments(argv):
             raise InputError("--attention has no meaning without --translate")
         if not has_pairs and name in NEED_PAIRS:
             raise InputError(f"{flag(name)} has no meaning without --pairs")
-    defaults = {name: option[2 if has_pairs else 1] for name, option in OPTIONS.items()}
+    defaults = {
+        name: with_pairs if has_pairs else in_demo
+        for name, (_, in_demo, with_pairs, _) in OPTIONS.items()
+    }
     args = argparse.Namespace(**{"translate": None, **defaults, **given})
     if is_translation:
         args.translate += texts
@@ -1761,5 +1769,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as before the imports
     sys.exit(main())

@@ -33,7 +33,7 @@ def data_of(*args, notes=None):
     if notes is None:
         run = tm.begin(args)
     else:
-        kept = [tuple(pair) for pair in notes["valid_pairs"]]
+        kept = [tuple(pair) for pair in notes["valid_texts"]]
         run = tm.begin(args, kept, tm.Tokenizer(notes["merges"]))
     sets = run.train_pairs, run.valid_pairs
     return [[tuple(map(run.tokenizer.decode, pair)) for pair in some] for some in sets]
@@ -224,7 +224,7 @@ def test_continuing_is_refused_where_something_differs(capsys, checkpoint, pairs
 def test_checkpoint_keeps_its_validation_pairs(capsys, checkpoint, tmp_path):
     """The file has changed: pairs are gone, others are new, and the order is another."""
     notes = tm.load_checkpoint(checkpoint).notes
-    kept = [tuple(pair) for pair in notes["valid_pairs"]]
+    kept = [tuple(pair) for pair in notes["valid_texts"]]
     assert len(kept) == 20
     others = tm.demo_pairs(200, 7, seed=0)[150:] + [("new", "wen")] * 9
     changed = [*others, *kept[:5], (kept[6][0], "x")][::-1]

@@ -96,7 +96,7 @@ def random_pairs(count, longest=60, seed=0):
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_batches_hold_every_row_once_in_few_shapes(shuffled):
     pairs, rng = random_pairs(1000), np.random.default_rng(0)
-    widths = tm.widths_of(pairs, 61)
+    widths = [tm.width_of(pair, 61) for pair in pairs]
     batches = tm.batches_by_width(widths, 32, rng if shuffled else None)
     seen = np.concatenate([numbers for numbers, _ in batches])
     assert len(seen) == len(set(seen)) == (992 if shuffled else 1000)
@@ -117,7 +117,7 @@ def test_batches_hold_every_row_once_in_few_shapes(shuffled):
 def test_little_of_the_batches_is_padding():
     lengths = np.random.default_rng(0).integers(1, 60, 2000)
     pairs = [([3] * n, [4] * n) for n in lengths]
-    widths = tm.widths_of(pairs, 64)
+    widths = [tm.width_of(pair, 64) for pair in pairs]
     batches = tm.batches_by_width(widths, 32, np.random.default_rng(0))
     cells = sum(len(numbers) * width for numbers, width in batches)
     real = sum(len(pairs[i][1]) + 1 for numbers, _ in batches for i in numbers)

@@ -296,7 +296,7 @@ WRONG_TO_CONTINUE = {
     "no notes at all": put("notes", value={}),
     "no options": without_note("options"),
     "a number for the options": put("notes", "options", value=5),
-    "no validation pairs": without_note("valid_pairs"),
+    "no validation pairs": without_note("valid_texts"),
     "no word on guessing": without_note("beats_guessing"),
     "text for a truth value": put("notes", "beats_guessing", value="x"),
     "no digest": without_note("digest"),
