@@ -665,7 +665,8 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     = max_len + 1. It is filled up to `position`, and PAD from there on.
 
     The logits, float32 [B * W, V], are for the tokens at position + 1. The cache is the
-    `Decoder`'s, of length L, and filled up to `position` as well.
+    `Decoder`'s, of length L. The one given holds the kv of the positions before
+    `position`, and the one returned that of `position` as well.
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -740,8 +741,8 @@ def best_continuations(log_p, ended, next_log_p):
       log_p [W] of the new hypotheses; parent, int [W], the number of the hypothesis
       that each of them continues; token, int [W], what it adds to that.
 
-    Here the first of two hypotheses may go on with the tokens 2 and 3. The second has
-    ended.
+    Here are two hypotheses of the probabilities 0.5 and 0.4. The second has ended, and
+    stays among the best, with PAD. To the first, token 3 is added: 0.5 times 0.6.
 
     >>> p, ended = np.array([0.5, 0.4]), np.array([False, True])
     >>> next_p = np.array([[0.01, 0.01, 0.38, 0.6], [0.25, 0.25, 0.25, 0.25]])
