@@ -27,7 +27,8 @@ attention is allowed. `kv` is a pair, the keys and the values, each [B, H, L, K]
 import signal
 
 if __name__ == "__main__":
-    # The imports take seconds. Let Ctrl-C end them without a traceback.
+    # The imports take seconds. Let Ctrl-C end them without a traceback. (The last lines
+    # of this file undo it.)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -186,7 +187,7 @@ def scaled_dot_product_attention(query, key, value, mask=None):
 
     Returns:
       The output [B, H, T, K], and the weights, float32 [B, H, T, S]. A query that may
-      attend to nothing, as when all of its row is PAD, gets zeros in both.
+      attend to nothing, as when all tokens are PAD, gets zeros in both.
 
     Inputs of other types, and shapes that do not fit, raise a ValueError.
     """
@@ -340,22 +341,23 @@ class DecoderBlock(nn.Module):
         self.add_and_norm = [AddAndNorm(self.config) for _ in range(3)]
 
     def __call__(self, x, self_mask, memory_kv, memory_mask, cache=None, start=0):
-        """In training, x is a whole target. In decoding it is one token, T = 1, and the
-        keys and values of the tokens before it come from a cache.
+        """In training, x is a whole target. Decoding goes token by token: T is 1, and
+        the keys and values of the tokens before come from a cache, to save computing
+        them anew for every token. (Those of the memory are computed before all tokens.)
 
         Args:
           x: [B, T, D].
           self_mask: broadcastable to [B, H, T, T], with a cache to [B, H, T, L].
           memory_kv: cross_attention.project_kv(memory), of length S.
           memory_mask: broadcastable to [B, H, T, S].
-          cache: a kv of length L, filled up to `start`. Its layout is the one in which
+          cache: a kv of length L, filled before `start`. Its layout is the one in which
             attention reads it, [B, H, L, K]: from any other, XLA would transpose the
             whole cache at every token.
           start: the position of the first token of x.
 
         Returns:
-          x after the block, [B, T, D], and the kv that self-attention attended to: the
-          cache, if there is one, and the kv of x now in it.
+          x after the block, [B, T, D], and the kv that self-attention attended to: that
+          of x or, with a cache, the cache, into which that of x was written.
         """
         first, second, third = self.add_and_norm
 
@@ -660,9 +662,9 @@ def start_decoding(model, params, src, max_len, beam_size=1):
 
         logits, cache = next_logits(tokens, position, cache)
 
-    The tokens are those of all hypotheses so far, int [B * W, L]. Each source has W =
-    `beam_size` rows, one below the other. A row has room for BOS and max_len tokens, L
-    = max_len + 1. It is filled up to `position`, and PAD from there on.
+    The tokens are all hypotheses so far, int [B * W, L]. Each source has W = beam_size
+    rows, one below the other. A row has room for BOS and max_len tokens, so that L is
+    max_len + 1. Its last token is at `position`, and after that it is PAD.
 
     The logits, float32 [B * W, V], are for the tokens at position + 1. The cache is the
     `Decoder`'s, of length L. The one given holds the kv of the positions before
@@ -679,8 +681,8 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     memory_kv, memory_mask = jax.tree.map(repeat, (memory_kv, padding_mask(src)))
 
     def next_logits(tokens, position, cache):
-        # Positions that have no token yet are PAD, so that this mask hides them, too.
-        # There is no need of a causal mask.
+        # What comes after `position` is PAD, and this mask hides it. So no causal mask
+        # is needed.
         self_mask = padding_mask(tokens)
         last = tokens[:, position][:, None]  # [B * W, 1]
         inputs = last, self_mask, memory_kv, memory_mask, cache, position
@@ -805,7 +807,7 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
-    # Hypotheses of NaN are never dropped, as top_k takes NaN for the highest number.
+    # If logits were NaN, so are the scores: top_k takes NaN for the highest number.
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
     order = jnp.argsort(-scores, axis=1)
     scores = jnp.take_along_axis(scores, order, axis=1)
@@ -955,7 +957,7 @@ def read_pairs(path):
 
 def hold_out(pairs, limit, seed):
     """Chooses pairs to measure on: a tenth of the sources, at most `limit`, at random,
-    each with one of its targets. Training has to leave out all pairs of these sources.
+    and one target for each. Training has to leave out all pairs with these sources.
     """
     targets = dict(pairs)
     sources = list(targets)
@@ -986,9 +988,10 @@ def to_batch(pairs, width):
 
 
 def width_of(row, max_width):
-    """The width that a row is padded to. jit compiles for each, so it is one of a few:
-    max_width, halved as often as it has room for the longest list and EOS, and is at
-    least 8. A row is a tuple of lists of tokens, such as a pair.
+    """The width that a row, a tuple of lists of tokens such as a pair, is padded to.
+
+    It has room for the longest of the lists, and EOS. As jit compiles for each width,
+    there are few: max_width, half of it, a quarter, and so on, down to 8.
 
     >>> [width_of(row, max_width=33) for row in [([5], [5] * 20), ([5] * 8,), ([5],)]]
     [33, 16, 8]
@@ -1048,7 +1051,7 @@ class Checkpoint(NamedTuple):
     config: TransformerConfig
     state: dict  # the TrainState's content; the parameters are state["params"]
     notes: dict  # the further arguments of `save_checkpoint`
-    tokenizer: Tokenizer  # made of notes["merges"]; of bytes, if there are none
+    tokenizer: Tokenizer  # made of notes["merges"], or, without them, of bytes
 
 
 def save_checkpoint(path, config, state, **notes):
@@ -1100,7 +1103,7 @@ def restore(path, template, content):
 
 def load_checkpoint(path):
     """Reads what `save_checkpoint` wrote. To train on, create a TrainState with this
-    configuration and the same optimizer, and pass both states to `restore`.
+    configuration and the same optimizer, and `restore(path, state, checkpoint.state)`.
 
     Another file, a damaged one, and another edition's are an InputError.
     """
@@ -1157,22 +1160,26 @@ def decode_all(model, params, sources, beam_size, short_len=32):
     decoded to `short_len` tokens, and once more to `max_len` if not all of it has
     ended.
     """
-    outputs, longest = [None] * len(sources), model.config.max_len
+    longest = model.config.max_len
+
+    def search(src, max_len):  # -> tokens [rows, W, max_len], best first
+        if beam_size == 1:
+            tokens = greedy_decode(model, params, src, max_len)[:, None]
+        else:
+            tokens, _ = beam_search(model, params, src, max_len, beam_size)
+        return np.asarray(tokens)
+
+    outputs = [None] * len(sources)
     widths = [width_of((source,), longest) for source in sources]
     for numbers, width in batches_by_width(widths, 64):
         # jit compiles for each number of rows, too. So the batch is filled up to 1, 2,
-        # 4, 8, ... rows: np.resize repeats some, which the last loop leaves out.
+        # 4, 8, ... rows: np.resize repeats some. (The zip below leaves them out.)
         num_rows = 2 ** np.ceil(np.log2(len(numbers)))
         filled = np.resize(numbers, int(num_rows))
         src = pad([[*sources[i], EOS_ID] for i in filled], width)
-        for max_len in (min(short_len, longest), longest):
-            if beam_size == 1:
-                tokens = greedy_decode(model, params, src, max_len)[:, None]
-            else:
-                tokens, _ = beam_search(model, params, src, max_len, beam_size)
-            if has_ended(tokens).all():
-                break
-        tokens = np.asarray(tokens)  # [rows, W, max_len]
+        tokens = search(src, min(short_len, longest))
+        if not has_ended(tokens).all():
+            tokens = search(src, longest)
         if (tokens < 0).any():
             raise RunError("the model is of no use: its logits are NaN")
         for i, output in zip(numbers, tokens[:, 0].tolist()):  # the best of W
@@ -1286,7 +1293,8 @@ class Run:
     valid_pairs: list  # of unseen pairs of lists of tokens, to measure on
     model: Transformer
     state: TrainState
-    notes: dict  # what else is saved, see `begin`
+    notes: dict  # what else is saved: whatever has to be known to continue
+    beats_guessing: bool = False  # whether the model that was saved last does
 
 
 def choose_pairs(args, valid=None):
@@ -1346,8 +1354,8 @@ def make_config(args, vocab_size):
 
 
 def begin(args, valid_texts=None, tokenizer=None):
-    """Returns the Run that the options ask for, at its start. A run that is continued
-    keeps its pairs to measure on and its tokenizer; None stands for new ones.
+    """Returns the Run that the options ask for, at its start. If it is to be continued,
+    its pairs to measure on and its tokenizer are given; None stands for new ones.
     """
     train_texts, valid_texts = choose_pairs(args, valid_texts)
     if tokenizer is None:
@@ -1373,7 +1381,6 @@ def begin(args, valid_texts=None, tokenizer=None):
         "steps": args.steps,
         "valid_texts": [list(pair) for pair in valid_texts],
         "digest": hashlib.sha256(repr(train_pairs).encode()).hexdigest(),
-        "beats_guessing": False,  # whether the model saved does, as `report` finds out
         "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
     }
     model = Transformer(config)
@@ -1396,7 +1403,7 @@ def resume(args, old):
         raise InputError(f"{args.valid}: not the pairs that {path} was measured on")
     run = begin(args, valid_texts, old.tokenizer)
     run.state = restore(path, run.state, old.state)
-    run.notes["beats_guessing"] = notes["beats_guessing"]
+    run.beats_guessing = notes["beats_guessing"]
     if run.notes["digest"] != notes["digest"]:
         log(f"{path}: the pairs to train on have changed since")
     if args.steps != notes["steps"]:
@@ -1449,9 +1456,10 @@ def evaluate(run, num_shown, file=None):
 def save(run):
     """Saves a checkpoint, if options name one. Of several processes, the first does."""
     path = run.args.checkpoint
+    notes = run.notes | {"beats_guessing": run.beats_guessing}
     if path and jax.process_index() == 0:
         try:
-            save_checkpoint(path, run.model.config, run.state, **run.notes)
+            save_checkpoint(path, run.model.config, run.state, **notes)
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror}") from None
 
@@ -1467,8 +1475,8 @@ def saved_so_far(path):
 def report(run, metrics, steps_per_second, tokens_per_second):
     """Saves the run and prints a line of progress, with the metrics of the last step.
 
-    A loss or a parameter that is not finite raises a RunError. If the model has become
-    useless, it is not saved.
+    A loss or a parameter that is not finite raises a RunError. A model that is worse
+    than guessing is not saved in the place of one that is better.
     """
     step, steps = int(run.state.step), run.args.steps
     loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
@@ -1477,14 +1485,11 @@ def report(run, metrics, steps_per_second, tokens_per_second):
         saved = saved_so_far(run.args.checkpoint)
         what = f"not finite at step {step}: the loss ({loss:.4g}) or a parameter"
         raise RunError(f"{what}; try a lower --learning-rate{saved}")
-    # A loss above ln V is worse than that of guessing evenly. If a better model was
-    # saved before, training has gone wrong since, and that model is kept.
-    guessing = float(np.log(run.model.config.tgt_vocab_size))
-    beats_guessing = loss <= guessing
-    if run.notes["beats_guessing"] and not beats_guessing:
+    guessing = float(np.log(run.model.config.tgt_vocab_size))  # the loss of that
+    if loss > guessing and run.beats_guessing:
         log(f"not saved: the loss is above {guessing:.4f}, that of guessing")
     else:
-        run.notes["beats_guessing"] = beats_guessing
+        run.beats_guessing = loss <= guessing
         save(run)
     left = round((steps - step) / steps_per_second)
     log(
@@ -1585,8 +1590,8 @@ KINDS = {
     "share": (float, "a number from 0 to below 1", lambda x: 0 <= x < 1),
     "seed": (int, "an integer from 0 to 2^32 - 1", lambda n: 0 <= n < 2**32),
 }
-# The defaults are not the paper's, whose models are large and learn for days on eight
-# GPUs. Minutes have to be enough here. So the learning rate is high, which pre-norm
+# The defaults are not the paper's, whose models are large and took eight GPUs 12 hours
+# and more. Minutes have to be enough here. So the learning rate is high, which pre-norm
 # bears after a short warm-up (Xiong et al., 2020). And there is no dropout, which slows
 # learning down, and helps only where every pair is seen many times.
 #
@@ -1658,9 +1663,9 @@ def make_parser():
 
 def parse_arguments(argv):
     """Returns the options, checked and complete."""
-    # A text to translate may begin with a dash, and argparse would take it for an
-    # option. So the parser does not get the texts: the words after --translate, up to
-    # the next one with two dashes.
+    # In `--translate one -2 --attention`, "one" and "-2" are texts: the words from
+    # --translate to the next one with two dashes. argparse would take "-2" for an
+    # option. So it does not get the texts.
     options, texts, last_option = [], [], None
     for word in argv:
         if word.startswith("--"):
@@ -1770,5 +1775,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # as before the imports
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
