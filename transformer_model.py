@@ -1294,7 +1294,7 @@ class Run:
     model: Transformer
     state: TrainState
     notes: dict  # what else is saved: whatever has to be known to continue
-    beats_guessing: bool = False  # whether the model that was saved last does
+    beats_guessing: bool = False  # whether the model saved last has a loss below ln V
 
 
 def choose_pairs(args, valid=None):

@@ -301,6 +301,17 @@ def test_texts_that_start_with_a_dash(capsys, checkpoint, monkeypatch, texts):
     assert status == 0 and seen == texts and out.splitlines() == texts
 
 
+def test_texts_and_options_are_told_apart():
+    for words, texts, beam_size in [
+        (["--translate", "a", "-b", "--beam-size", "3"], ["a", "-b"], 3),
+        (["--beam-size", "3", "--translate", "-1"], ["-1"], 3),
+        (["--translate", "--beam-size", "3"], [], 3),
+        (["--translate=-a"], ["-a"], 1),
+    ]:
+        args = tm.parse_arguments(["--checkpoint", "x", *words])
+        assert (args.translate, args.beam_size) == (texts, beam_size)
+
+
 def test_texts_come_out_as_one_line_each(capsys, checkpoint, monkeypatch):
     """Whatever the model says: here, the sources themselves."""
     monkeypatch.setattr(tm, "decode_all", lambda model, params, sources, _: sources)
