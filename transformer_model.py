@@ -1030,13 +1030,13 @@ def training_batches(pairs, max_width, batch_size, seed, start=0):
     must be at least `batch_size` pairs.
     """
     widths = [width_of(pair, max_width) for pair in pairs]
-    epochs = (
-        batches_by_width(widths, batch_size, np.random.default_rng([seed, epoch]))
-        for epoch in itertools.count()
-    )
-    batches = itertools.chain.from_iterable(epochs)
-    for numbers, width in itertools.islice(batches, start, None):
-        yield to_batch([pairs[i] for i in numbers], width)
+    step = 0
+    for epoch in itertools.count():
+        rng = np.random.default_rng([seed, epoch])
+        for numbers, width in batches_by_width(widths, batch_size, rng):
+            if step >= start:
+                yield to_batch([pairs[i] for i in numbers], width)
+            step += 1
 
 
 # ---- 12 Checkpoints ------------------------------------------------------------------

@@ -4,16 +4,15 @@
     python tests/what_breaks.py causal heads       rows whose name holds a word
     python tests/what_breaks.py --seeds 2          each row with the seeds 0 and 1
     python tests/what_breaks.py -- --d-model 128   the program's own options, after --
-    python tests/what_breaks.py --demo             the demo, and not the task below
 
 Each row is one line of transformer_model.py changed, in a copy; the function that the
 line is in is printed, so that the change can be repeated by hand.
 
 The task is to reverse a word and write every letter three times: "abc" becomes
-"cccbbbaaa". The demo, which reverses words of like length, shows less: its one layer
-gets along without residuals, and as source and target are of the same length there, a
-source has as much padding in training as later on. Here every target is longer than its
-source, which in training is padded to the target's width and in decoding is not.
+"cccbbbaaa". The demo would show less: its one layer gets along without residuals, and
+where source and target are of one length, a source has as much padding in training as
+later on. Here every target is longer than its source, which in training is padded to
+the target's width and in decoding is not.
 """
 
 import argparse
@@ -125,13 +124,12 @@ def main():
     add = parser.add_argument
     add("words", nargs="*", metavar="WORD", help="rows whose name holds it; or all")
     add("--seeds", type=int, default=1, metavar="N", help="runs of each (default 1)")
-    add("--demo", action="store_true", help="on the demo's task and with its sizes")
     args = parser.parse_args(mine)
     print(f"{'without':<23} {'in':<29} {'exactly right':>13}  {'loss':>8}")
     with tempfile.TemporaryDirectory() as folder:
         pairs = Path(folder) / "pairs.tsv"
         write_pairs(pairs)
-        task = [] if args.demo else ["--pairs", str(pairs), *OPTIONS.split()]
+        task = ["--pairs", str(pairs), *OPTIONS.split()]
         for name, old, new in CHANGES:
             if args.words and not any(word in name for word in args.words):
                 continue
