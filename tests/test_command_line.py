@@ -266,12 +266,14 @@ def test_more_steps_go_on_at_a_rate_that_is_told(
     path = tmp_path / "model.msgpack"
     path.write_bytes(checkpoint.read_bytes())
     args = ["--pairs", pairs_file, "--checkpoint", path, *LEARN]
-    status, _, err = run(capsys, *args, "--steps", 7)
-    assert status == 0 and "step 7 of 7" in err and "step 5 of 7" not in err
-    assert tm.load_checkpoint(path).state["step"] == 7
-    # Step 5 of 7 of half a cosine from 0.003.
+    status, _, err = run(capsys, *args, "--steps", 42)
+    # A report at every second step, as if it had been 42 steps from the start.
+    reports = re.findall(r"^step +(\d+) of 42 ", err, re.MULTILINE)
+    assert status == 0 and reports == [str(step) for step in range(6, 43, 2)]
+    assert tm.load_checkpoint(path).state["step"] == 42
+    # After 4 steps of warm-up, step 5 is the first of 38 of half a cosine from 0.003.
     (rate,) = re.findall("the learning rate goes on at (.+)$", err, re.MULTILINE)
-    expected = 0.003 * (1 + np.cos(np.pi * 5 / 7)) / 2
+    expected = 0.003 * (1 + np.cos(np.pi * 1 / 38)) / 2
     np.testing.assert_allclose(float(rate), expected, rtol=0.05)
 
 

@@ -126,12 +126,17 @@ def test_little_of_the_batches_is_padding():
 
 def test_training_batches_continue_where_they_were_left():
     pairs = random_pairs(100, longest=20)
+    pairs = [
+        ([3 + i] * len(source), target) for i, (source, target) in enumerate(pairs)
+    ]
 
     def take(count, start=0, seed=0):
         batches = tm.training_batches(pairs, 21, 8, seed, start)
         return [next(batches) for _ in range(count)]
 
-    whole = take(30)  # 12 batches an epoch
+    whole = take(30)  # 12 batches an epoch, in which no pair comes twice
+    for epoch in (whole[:12], whole[12:24]):
+        assert len({row[0] for batch in epoch for row in batch["src"]}) == 96
     for start in (0, 1, 11, 12, 25):
         for expected, batch in zip(whole[start:], take(30 - start, start)):
             np.testing.assert_array_equal(batch["src"], expected["src"])

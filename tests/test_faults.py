@@ -119,6 +119,7 @@ def test_killed_runs_end_with_the_same_parameters(
         status, _, err = run(capsys, *args, "--checkpoint", file)
         assert status == 0 and "the learning rate goes on" not in err
     assert path.read_bytes() == whole.read_bytes()
+    assert tm.load_checkpoint(path).notes["beats_guessing"]
 
 
 @pytest.mark.parametrize("delay", [0.3, 0.8])
