@@ -1606,7 +1606,7 @@ OPTIONS = {
     "distributed": ("flag", False, False, "join a job of several processes"),
     "steps": ("size", 1000, 9000, "training steps in all"),
     "batch_size": ("size", 64, 128, "pairs in a step, on all devices together"),
-    "learning_rate": ("rate", 3e-3, 3e-3, "its peak"),
+    "learning_rate": ("rate", 6e-3, 3e-3, "its peak"),
     "dropout": ("share", 0.0, 0.0, "dropout rate"),
     "label_smoothing": ("share", 0.0, 0.1, "label smoothing"),
     "seed": ("seed", 0, 0, "of all that is random"),
