@@ -343,7 +343,7 @@ class DecoderBlock(nn.Module):
     def __call__(self, x, self_mask, memory_kv, memory_mask, cache=None, start=0):
         """In training, x is a whole target. Decoding goes token by token: T is 1, and
         the keys and values of the tokens before come from a cache, to save computing
-        them anew for every token. (Those of the memory are computed before all tokens.)
+        them anew for every token. (Those of the memory are computed once, beforehand.)
 
         Args:
           x: [B, T, D].
@@ -605,8 +605,8 @@ def create_train_state(config, key, optimizer=None):
     params_key, dropout_key = jax.random.split(key)
     params = jax.jit(init_params, static_argnames="config")(config, params_key)
     return TrainState(
-        # The first step makes this an array. Were it an int before, jit would compile
-        # train_step for both.
+        # An array from the start, as after the first step: for an int, jit would compile
+        # train_step one more time.
         step=jnp.zeros((), jnp.int32),
         apply_fn=Transformer(config).apply,
         params=params,
@@ -1241,7 +1241,7 @@ def chunks_to_translate(texts):
 
 
 def translate(args):
-    """Prints a line for each text: its translation, or nothing if there is none."""
+    """Prints a line for each text: its translation, or an empty one if it has none."""
     config, state, _, tokenizer = load_checkpoint(args.checkpoint)
     sizes = config.src_vocab_size, config.tgt_vocab_size, tokenizer.vocab_size
     if len(set(sizes)) > 1 or config.head != "logits":
@@ -1523,14 +1523,15 @@ def train_for_a_minute(run, batches, num_steps, sharding):
 def train_to_the_end(run, sharding):
     """Does the steps that are left.
 
-    The first process reports `every` so many steps, and after a minute without report.
-    At every fifth multiple of `every`, it also measures the model on unseen pairs.
+    The first process reports at every twentieth of all steps, or at every 500th step if
+    that is sooner, and after a minute without a report. At every fifth of these points,
+    but not at the end, it also measures the model on unseen pairs.
     """
     args, step, max_len = run.args, int(run.state.step), run.model.config.max_len
     batches = training_batches(
         run.train_pairs, max_len, args.batch_size, args.seed, step
     )
-    every = max(1, min(500, args.steps // 20))
+    every = max(1, min(args.steps // 20, 500))
     last_unseen, last_seen, losses = np.inf, np.inf, []
     while step < args.steps:
         num_steps = min(every - step % every, args.steps - step)
