@@ -605,8 +605,8 @@ def create_train_state(config, key, optimizer=None):
     params_key, dropout_key = jax.random.split(key)
     params = jax.jit(init_params, static_argnames="config")(config, params_key)
     return TrainState(
-        # An array from the start, as after the first step: for an int, jit would compile
-        # train_step one more time.
+        # An array from the start, as it is one after the first step: for an int, jit
+        # would compile train_step one more time.
         step=jnp.zeros((), jnp.int32),
         apply_fn=Transformer(config).apply,
         params=params,
