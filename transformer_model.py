@@ -1524,8 +1524,8 @@ def train_to_the_end(run, sharding):
     """Does the steps that are left.
 
     The first process reports at every twentieth of all steps, or at every 500th step if
-    that is sooner, and after a minute without a report. At every fifth of these points,
-    but not at the end, it also measures the model on unseen pairs.
+    that is sooner, and after a minute without a report. At every fifth of these steps,
+    but not at the last, it also measures the model on unseen pairs.
     """
     args, step, max_len = run.args, int(run.state.step), run.model.config.max_len
     batches = training_batches(

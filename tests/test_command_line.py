@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import LEARN, OPTIONS, ROOT, assert_refused, run, write_pairs
+from conftest import LEARN, OPTIONS, ROOT, TINY, assert_refused, run, write_pairs
 
 import transformer_model as tm
 
@@ -393,15 +393,8 @@ def test_attention_is_drawn_for_each_translation(capsys, checkpoint, monkeypatch
 def test_attention_is_drawn_token_by_token_or_not_at_all(capsys):
     tokenizer = tm.Tokenizer.learn(["low lower"] * 2, vocab_size=262)
     size = tokenizer.vocab_size
-    config = tm.TransformerConfig(
-        src_vocab_size=size,
-        tgt_vocab_size=size,
-        d_model=16,
-        num_heads=2,
-        num_layers=1,
-        d_ff=32,
-        max_len=64,
-    )
+    sizes = {"src_vocab_size": size, "tgt_vocab_size": size, "max_len": 64}
+    config = tm.dataclasses.replace(TINY, **sizes)
     model = tm.Transformer(config)
     params = tm.create_train_state(config, jax.random.key(0)).params
     source, target = map(tokenizer.encode, ("low é", "b low"))
