@@ -27,8 +27,8 @@ attention is allowed. `kv` is a pair, the keys and the values, each [B, H, L, K]
 import signal
 
 if __name__ == "__main__":
-    # The imports take seconds. Let Ctrl-C end them without a traceback. (The last lines
-    # of this file undo it.)
+    # The imports take seconds, and Ctrl-C ends them at once, without a traceback. From
+    # `main` on it is an exception again, see the last lines.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -89,15 +89,14 @@ class TransformerConfig:
     dtype: str = "float32"  # or "bfloat16"; the parameters are float32 all the same
 
     def __post_init__(self):
-        def require(name, is_allowed, allowed):
-            if not is_allowed:
+        def require(name, condition, wanted):
+            if not condition:
                 value = getattr(self, name)
-                raise InputError(f"{name} must be {allowed}, not {value!r}")
+                raise InputError(f"{name} must be {wanted}, not {value!r}")
 
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            # The exact type counts, as True is an instance of int. An int may stand for
-            # a float.
+            # The exact type counts, as True is an instance of int.
             kinds = [int, float] if field.type is float else [field.type]
             require(field.name, type(value) in kinds, f"of type {field.type.__name__}")
             if field.type is int:
@@ -173,7 +172,7 @@ def positional_encoding(max_len, d_model):
 
 # ---- 4 Attention ---------------------------------------------------------------------
 
-# What goes into a softmax is float32, even where it is a product of bfloat16 inputs.
+# A product that goes into a softmax: float32, even if its inputs are bfloat16.
 einsum_float32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
@@ -198,8 +197,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # The softmax gives masked keys the weight 0, even if all keys are masked. With the
-    # paper's way, scores of -inf, it would be NaN then.
+    # `where` makes the weights of masked keys 0, even if all keys are masked. With the
+    # paper's way, scores of -inf, they would be 0 / 0 then.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -215,7 +214,8 @@ class Dense(nn.Module):
         xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
         kernel = self.param("kernel", xavier, (x.shape[-1], self.features))
         bias = self.param("bias", zeros, (self.features,))
-        # On CPUs, one product of two matrices is faster than B of them.
+        # nn.Dense would do without this reshape. But on CPUs, one product of two
+        # matrices is faster than B products.
         rows = x.reshape(-1, x.shape[-1])
         y = rows @ kernel.astype(x.dtype) + bias.astype(x.dtype)
         return y.reshape(*x.shape[:-1], self.features)
@@ -323,10 +323,12 @@ class EncoderBlock(nn.Module):
         """x [B, S, D], mask broadcastable to [B, H, S, S] -> [B, S, D]."""
         first, second = self.add_and_norm
 
-        y = first.before(x)
-        x = first.after(x, self.self_attention(y, y, mask))
+        inner = first.before(x)
+        y = self.self_attention(inner, inner, mask)
+        x = first.after(x, y)
 
-        return second.after(x, self.feed_forward(second.before(x)))
+        y = self.feed_forward(second.before(x))
+        return second.after(x, y)
 
 
 class DecoderBlock(nn.Module):
@@ -350,30 +352,32 @@ class DecoderBlock(nn.Module):
           self_mask: broadcastable to [B, H, T, T], with a cache to [B, H, T, L].
           memory_kv: cross_attention.project_kv(memory), of length S.
           memory_mask: broadcastable to [B, H, T, S].
-          cache: a kv of length L, filled before `start`. Its layout is the one in which
-            attention reads it, [B, H, L, K]: from any other, XLA would transpose the
-            whole cache at every token.
+          cache: a kv of length L, filled at the positions below `start`. Its layout is
+            the one in which attention reads it, [B, H, L, K]: from any other, XLA would
+            transpose the whole cache at every token.
           start: the position of the first token of x.
 
         Returns:
           x after the block, [B, T, D], and the kv that self-attention attended to: that
-          of x or, with a cache, the cache, into which that of x was written.
+          of x or, with a cache, the cache with that of x in it.
         """
         first, second, third = self.add_and_norm
 
-        y = first.before(x)
-        kv = self.self_attention.project_kv(y)
+        inner = first.before(x)
+        kv = self.self_attention.project_kv(inner)
         if cache is not None:
             kv = tuple(  # Axis 2 is that of the positions, L.
                 jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=2)
                 for old, new in zip(cache, kv)
             )
-        x = first.after(x, self.self_attention.attend(y, kv, self_mask))
+        y = self.self_attention.attend(inner, kv, self_mask)
+        x = first.after(x, y)
 
         y = self.cross_attention.attend(second.before(x), memory_kv, memory_mask)
         x = second.after(x, y)
 
-        return third.after(x, self.feed_forward(third.before(x))), kv
+        y = self.feed_forward(third.before(x))
+        return third.after(x, y), kv
 
 
 # ---- 7 The model ---------------------------------------------------------------------
@@ -414,14 +418,14 @@ class Decoder(nn.Module):
         """Takes and returns what a `DecoderBlock` does, except that memory_kv, the
         cache and the kv returned are lists, with an entry for each block.
         """
-        new_cache = []
+        all_kv = []
         for i, block in enumerate(self.blocks):
             old = cache[i] if cache else None
             x, kv = block(x, self_mask, memory_kv[i], memory_mask, old, start)
-            new_cache.append(kv)
+            all_kv.append(kv)
         if self.config.norm_first:
             x = self.norm(x)
-        return x, new_cache
+        return x, all_kv
 
 
 class Transformer(nn.Module):
@@ -484,12 +488,13 @@ class Transformer(nn.Module):
         [B, T, V]; the logits at position t are for the token at t + 1. The field `head`
         of the configuration says what else may be returned.
         """
-        memory_kv = self.project_kv(self.encode(src))
+        memory_mask = padding_mask(src)
         self_mask = padding_mask(tgt) & causal_mask(tgt.shape[1])
         if src.shape[0] != tgt.shape[0]:
             got = f"{src.shape} and {tgt.shape}"
             raise ValueError(f"src and tgt must be [B, S] and [B, T], got {got}")
-        return self.decode(tgt, self_mask, memory_kv, padding_mask(src))[0]
+        memory_kv = self.project_kv(self.encode(src))
+        return self.decode(tgt, self_mask, memory_kv, memory_mask)[0]
 
     def encode(self, src):
         """Source tokens, int [B, S] -> the memory, [B, S, D]."""
@@ -520,7 +525,7 @@ class Transformer(nn.Module):
         if tokens.shape[1] > max_len:
             raise ValueError(f"tokens {tokens.shape} [B, L]: L is above {max_len=}")
         # jnp.take gives NaN for a token that is too large. A negative one would count
-        # from the end, but as an unsigned number it is too large as well.
+        # from the end; as uint32 it is too large as well, -1 being 2^32 - 1.
         x = jnp.take(embedding, tokens.astype("uint32"), axis=0) * d_model**0.5
         position = start + jnp.arange(tokens.shape[1])
         x = x + jnp.asarray(positional_encoding(max_len, d_model))[position]
@@ -532,7 +537,7 @@ class Transformer(nn.Module):
 
 
 def mean_over_labels(values, labels):
-    """The mean of values [B, T] over the labels [B, T] that are not PAD, or 0."""
+    """The mean of values [B, T] where labels [B, T] are not PAD; 0 if all are."""
     is_label = labels != PAD_ID
     return jnp.where(is_label, values, 0).sum() / jnp.maximum(is_label.sum(), 1)
 
@@ -568,8 +573,8 @@ def paper_schedule(d_model, warmup_steps=4000):
     lrate = D^-0.5 min(step^-0.5, step warmup_steps^-1.5), where the first step is 1
 
     >>> rate = paper_schedule(d_model=512)
-    >>> [f"{rate(step - 1):.5f}" for step in (1, 2000, 4000, 16000)]
-    ['0.00000', '0.00035', '0.00070', '0.00035']
+    >>> [f"{rate(step - 1):.1e}" for step in (1, 2000, 4000, 16000)]
+    ['1.7e-07', '3.5e-04', '7.0e-04', '3.5e-04']
     """
 
     def schedule(steps_done):
@@ -582,7 +587,7 @@ def paper_schedule(d_model, warmup_steps=4000):
 class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, optimizer and its state) with a random key."""
 
-    dropout_key: jax.Array  # as plain numbers, uint32 [2], which a checkpoint can hold
+    dropout_key: jax.Array  # its numbers, uint32 [2], as no checkpoint can hold a key
 
 
 def init_params(config, key):
@@ -605,8 +610,7 @@ def create_train_state(config, key, optimizer=None):
     params_key, dropout_key = jax.random.split(key)
     params = jax.jit(init_params, static_argnames="config")(config, params_key)
     return TrainState(
-        # An array from the start, as it is one after the first step: for an int, jit
-        # would compile train_step one more time.
+        # After a step it is an array. With an int here, jit would compile twice.
         step=jnp.zeros((), jnp.int32),
         apply_fn=Transformer(config).apply,
         params=params,
@@ -658,17 +662,11 @@ def eval_step(state, batch):
 
 
 def start_decoding(model, params, src, max_len, beam_size=1):
-    """Encodes src, int [B, S]. Returns a function and an empty cache:
+    """Encodes src, int [B, S], with a row for each hypothesis, B * W rows in all. The
+    W = beam_size rows of a source stand one below the other.
 
-        logits, cache = next_logits(tokens, position, cache)
-
-    The tokens are all hypotheses so far, int [B * W, L]. Each source has W = beam_size
-    rows, one below the other. A row has room for BOS and max_len tokens, so that L is
-    max_len + 1. Its last token is at `position`, and after that it is PAD.
-
-    The logits, float32 [B * W, V], are for the tokens at position + 1. The cache is the
-    `Decoder`'s, of length L. The one given holds the kv of the positions before
-    `position`, and the one returned that of `position` as well.
+    Returns the memory, which is the pair (memory_kv, memory_mask) that the `Decoder`
+    takes, and an empty cache, as long as BOS and max_len tokens.
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -678,21 +676,32 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     apply = partial(model.apply, {"params": params})
     memory_kv = apply(apply(src, method="encode"), method="project_kv")
     repeat = partial(jnp.repeat, repeats=beam_size, axis=0)
-    memory_kv, memory_mask = jax.tree.map(repeat, (memory_kv, padding_mask(src)))
-
-    def next_logits(tokens, position, cache):
-        # What comes after `position` is PAD, and this mask hides it. So no causal mask
-        # is needed.
-        self_mask = padding_mask(tokens)
-        last = tokens[:, position][:, None]  # [B * W, 1]
-        inputs = last, self_mask, memory_kv, memory_mask, cache, position
-        logits, cache = apply(*inputs, method="decode")
-        return logits[:, 0], cache
-
-    num_rows, num_heads, _, width = memory_kv[0][0].shape  # [B * W, H, S, K]
-    shape = num_rows, num_heads, max_len + 1, width
+    memory = jax.tree.map(repeat, (memory_kv, padding_mask(src)))
+    _, num_heads, _, width = memory_kv[0][0].shape  # [B, H, S, K]
+    shape = src.shape[0] * beam_size, num_heads, max_len + 1, width
     empty = jnp.zeros(shape, memory_kv[0][0].dtype)
-    return next_logits, [(empty, empty) for _ in memory_kv]
+    return memory, [(empty, empty) for _ in memory_kv]
+
+
+def next_logits(model, params, memory, tokens, position, cache):
+    """Runs the decoder on the token at `position` alone; the cache stands for the rest.
+
+    Args:
+      memory: from `start_decoding`.
+      tokens: int [B * W, L], the hypotheses so far, with PAD after `position`.
+      cache: a list of kv of length L, filled before `position`.
+
+    Returns:
+      The logits for the tokens at position + 1, float32 [B * W, V], and the cache,
+      filled up to `position`.
+    """
+    last = tokens[:, position][:, None]  # [B * W, 1]
+    # This mask also hides what comes after `position`, as that is PAD. So no causal
+    # mask is needed.
+    self_mask = padding_mask(tokens)
+    inputs = last, self_mask, *memory, cache, position
+    logits, cache = model.apply({"params": params}, *inputs, method="decode")
+    return logits[:, 0], cache
 
 
 def has_ended(tokens):
@@ -715,11 +724,11 @@ def greedy_decode(model, params, src, max_len):
     src int [B, S] -> int32 [B, max_len], without BOS, PAD after EOS. Where the model's
     logits are NaN, the tokens are -1.
     """
-    next_logits, cache = start_decoding(model, params, src, max_len)
+    memory, cache = start_decoding(model, params, src, max_len)
 
     def step(carry):
         position, tokens, cache = carry
-        logits, cache = next_logits(tokens, position, cache)
+        logits, cache = next_logits(model, params, memory, tokens, position, cache)
         # Like argmax, and faster. NaN counts as the highest logit.
         highest, token = jax.lax.top_k(logits, 1)  # both [B, 1]
         token = jnp.where(jnp.isnan(highest), -1, token)[:, 0]
@@ -743,8 +752,8 @@ def best_continuations(log_p, ended, next_log_p):
       log_p [W] of the new hypotheses; parent, int [W], the number of the hypothesis
       that each of them continues; token, int [W], what it adds to that.
 
-    Here are two hypotheses of the probabilities 0.5 and 0.4. The second has ended, and
-    stays among the best, with PAD. To the first, token 3 is added: 0.5 times 0.6.
+    Here, hypotheses 0 and 1 have the probabilities 0.5 and 0.4. As 1 has ended, PAD is
+    added to it, and it keeps 0.4. Token 3, added to 0, gives 0.5 times 0.6.
 
     >>> p, ended = np.array([0.5, 0.4]), np.array([False, True])
     >>> next_p = np.array([[0.01, 0.01, 0.38, 0.6], [0.25, 0.25, 0.25, 0.25]])
@@ -780,13 +789,13 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 
     Where the model's logits are NaN, so are the scores, and the tokens are -1.
     """
-    next_logits, cache = start_decoding(model, params, src, max_len, beam_size)
+    memory, cache = start_decoding(model, params, src, max_len, beam_size)
     shape = src.shape[0], beam_size
     source = jnp.arange(shape[0])[:, None]  # 0 to B - 1, [B, 1]
 
     def step(carry):
         position, tokens, log_p, cache = carry  # log_p [B, W]
-        logits, cache = next_logits(tokens, position, cache)
+        logits, cache = next_logits(model, params, memory, tokens, position, cache)
         next_log_p = jax.nn.log_softmax(logits).reshape(*shape, -1)
         choose = jax.vmap(best_continuations)  # source by source
         ended = has_ended(tokens).reshape(shape)
@@ -807,7 +816,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
-    # If logits were NaN, so are the scores: top_k takes NaN for the highest number.
+    # A hypothesis with NaN logits has V continuations that are NaN. top_k takes NaN for
+    # the highest number, so that they are all of the W that are left.
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
     order = jnp.argsort(-scores, axis=1)
     scores = jnp.take_along_axis(scores, order, axis=1)
@@ -817,7 +827,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 # ---- 10 Text -------------------------------------------------------------------------
 
 FIRST_MERGE_ID = FIRST_SYMBOL_ID + 256  # The symbols before it are the 256 bytes.
-# A space belongs to the word after it: "a  b" has the words "a", " " and " b".
+# A space belongs to the word after it, and the first of two is a word of its own:
+# "a  b" has the words "a", " " and " b".
 WORD = re.compile(r" ?[^ ]+| ")
 
 
@@ -853,7 +864,7 @@ class Tokenizer:
             self.bytes_of[token] = self.bytes_of[left] + self.bytes_of[right]
             self.token_of[chr(left) + chr(right)] = chr(token)
         self.vocab_size = len(self.bytes_of)
-        self.known_words = {}  # and their tokens
+        self.known_words = {}  # word -> tokens, so that each is encoded once
 
     @classmethod
     def learn(cls, texts, vocab_size):
@@ -882,7 +893,7 @@ class Tokenizer:
                 break
             pair = min(pair for pair, number in counts.items() if number == highest)
             both, token = "".join(pair), chr(FIRST_MERGE_ID + len(merges))
-            for word in list(words_with[pair]):
+            for word in list(words_with[pair]):  # a copy: count_pairs adds to it
                 if both in spelled[word]:
                     count_pairs(word, -words[word])  # takes back what was counted
                     spelled[word] = spelled[word].replace(both, token)
@@ -991,7 +1002,8 @@ def width_of(row, max_width):
     """The width that a row, a tuple of lists of tokens such as a pair, is padded to.
 
     It has room for the longest of the lists, and EOS. As jit compiles for each width,
-    there are few: max_width, half of it, a quarter, and so on, down to 8.
+    there are few: max_width, half of it, a quarter, and so on, rounded down, and none
+    below 8.
 
     >>> [width_of(row, max_width=33) for row in [([5], [5] * 20), ([5] * 8,), ([5],)]]
     [33, 16, 8]
@@ -1003,11 +1015,11 @@ def width_of(row, max_width):
 
 
 def batches_by_width(widths, batch_size, rng=None):
-    """Groups rows of like width, given the width of each row. Returns a list of batches
-    (numbers of the rows, width of the widest).
+    """Sorts rows by width, given the width of each, and cuts them into batches. Returns
+    a list of batches (numbers of the rows, width of the widest).
 
-    With `rng`, rows and batches come in random order. Then some rows are left out, so
-    that all batches are full.
+    With `rng`, rows of one width and batches come in random order, and some rows, drawn
+    at random, are left out, so that all batches are full.
 
     >>> batches_by_width([8, 32, 16, 8], batch_size=2)
     [(array([0, 3]), 8), (array([2, 1]), 32)]
@@ -1087,15 +1099,15 @@ def save_checkpoint(path, config, state, **notes):
 
 def restore(path, template, content):
     """Returns `content`, read from the checkpoint at `path`, as an object like
-    `template`: a TrainState, say. If names, shapes or types differ, it raises an
-    InputError.
+    `template`: a TrainState, or parameters. If names, shapes or types differ, it raises
+    an InputError.
     """
 
     def describe(x):
         return getattr(x, "shape", None), getattr(x, "dtype", None)
 
-    trees = map(flax.serialization.to_state_dict, (content, template))
-    there, here = (jax.tree.map(describe, tree) for tree in trees)
+    there = jax.tree.map(describe, flax.serialization.to_state_dict(content))
+    here = jax.tree.map(describe, flax.serialization.to_state_dict(template))
     if there != here:
         raise InputError(f"{path}: its content does not fit its configuration")
     return flax.serialization.from_state_dict(template, content)
@@ -1105,7 +1117,7 @@ def load_checkpoint(path):
     """Reads what `save_checkpoint` wrote. To train on, create a TrainState with this
     configuration and the same optimizer, and `restore(path, state, checkpoint.state)`.
 
-    Another file, a damaged one, and another edition's are an InputError.
+    A file that is no checkpoint, or damaged, or another edition's is an InputError.
     """
     with open(path, "rb") as file:
         first, _, rest = file.read().partition(b"\n")
@@ -1124,7 +1136,7 @@ def load_checkpoint(path):
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not what a checkpoint holds: {error}") from None
     params = jax.eval_shape(partial(init_params, config), jax.random.key(0))
-    restore(path, params, state.get("params"))  # an error, if they do not fit
+    restore(path, params, state.get("params"))  # only to see whether they fit
     return Checkpoint(config, state, notes, tokenizer)
 
 
@@ -1157,8 +1169,8 @@ def decode_all(model, params, sources, beam_size, short_len=32):
     """Sources (lists of tokens), shorter than the model's `max_len` -> their outputs.
 
     Most outputs are short, and attention over a long cache is slow. So every batch is
-    decoded to `short_len` tokens, and once more to `max_len` if not all of it has
-    ended.
+    decoded to `short_len` tokens, and once more, to `max_len`, unless all hypotheses
+    have ended: those would stay the same.
     """
     longest = model.config.max_len
 
@@ -1172,11 +1184,7 @@ def decode_all(model, params, sources, beam_size, short_len=32):
     outputs = [None] * len(sources)
     widths = [width_of((source,), longest) for source in sources]
     for numbers, width in batches_by_width(widths, 64):
-        # jit compiles for each number of rows, too. So the batch is filled up to 1, 2,
-        # 4, 8, ... rows: np.resize repeats some. (The zip below leaves them out.)
-        num_rows = 2 ** np.ceil(np.log2(len(numbers)))
-        filled = np.resize(numbers, int(num_rows))
-        src = pad([[*sources[i], EOS_ID] for i in filled], width)
+        src = pad([[*sources[i], EOS_ID] for i in numbers], width)
         tokens = search(src, min(short_len, longest))
         if not has_ended(tokens).all():
             tokens = search(src, longest)
@@ -1253,7 +1261,7 @@ def translate(args):
     longest = config.max_len - 1  # without EOS
     number, status = 0, 0
     for chunk in chunks_to_translate(args.translate):
-        sources = []  # lists of tokens, empty for a line that cannot be translated
+        sources = []  # lists of tokens; empty for a line that is not translated
         for line in chunk:
             number += 1
             try:
@@ -1265,11 +1273,9 @@ def translate(args):
                 log(f"error: {error}")
                 source, status = [], 2
             sources.append(source)
-        nonempty = [source for source in sources if source]
-        outputs = iter(decode_all(model, params, nonempty, args.beam_size))
-        for source in sources:
-            output = next(outputs) if source else []
-            say(one_line(tokenizer.decode(output)))
+        outputs = decode_all(model, params, sources, args.beam_size)
+        for source, output in zip(sources, outputs):
+            say(one_line(tokenizer.decode(output)) if source else "")
             if source and args.attention:
                 output = list(itertools.takewhile(lambda t: t != EOS_ID, output))
                 show_attention(model, params, tokenizer, source, output)
@@ -1278,8 +1284,8 @@ def translate(args):
 
 # ---- 14 A training run ---------------------------------------------------------------
 
-# A run that is continued has to keep these options, which decide on the model and on
-# the order of its batches.
+# A run that is continued has to keep these options of the command line (section 15),
+# which decide on the model and on the order of its batches.
 FIXED = "post_norm d_model num_heads num_layers max_len vocab_size batch_size seed"
 
 
@@ -1294,7 +1300,6 @@ class Run:
     model: Transformer
     state: TrainState
     notes: dict  # what else is saved: whatever has to be known to continue
-    beats_guessing: bool = False  # whether the model saved last has a loss below ln V
 
 
 def choose_pairs(args, valid=None):
@@ -1354,8 +1359,8 @@ def make_config(args, vocab_size):
 
 
 def begin(args, valid_texts=None, tokenizer=None):
-    """Returns the Run that the options ask for, at its start. If it is to be continued,
-    its pairs to measure on and its tokenizer are given; None stands for new ones.
+    """Returns the Run that the options ask for, at its start. `resume` gives it the
+    pairs to measure on and the tokenizer of a checkpoint; None stands for new ones.
     """
     train_texts, valid_texts = choose_pairs(args, valid_texts)
     if tokenizer is None:
@@ -1382,13 +1387,16 @@ def begin(args, valid_texts=None, tokenizer=None):
         "valid_texts": [list(pair) for pair in valid_texts],
         "digest": hashlib.sha256(repr(train_pairs).encode()).hexdigest(),
         "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
+        "beats_guessing": False,  # see `report`
     }
     model = Transformer(config)
     return Run(args, tokenizer, train_pairs, valid_pairs, model, state, notes)
 
 
 def resume(args, old):
-    """Returns the Run that goes on from the Checkpoint `old`, if options allow it."""
+    """Returns the Run that goes on from the Checkpoint `old`, if options allow it: it
+    begins anew with the old tokenizer and pairs to measure on, and takes the old state.
+    """
     path, notes = args.checkpoint, old.notes
     kinds = {"options": dict, "steps": int, "valid_texts": list}
     kinds |= {"digest": str, "beats_guessing": bool}
@@ -1403,7 +1411,7 @@ def resume(args, old):
         raise InputError(f"{args.valid}: not the pairs that {path} was measured on")
     run = begin(args, valid_texts, old.tokenizer)
     run.state = restore(path, run.state, old.state)
-    run.beats_guessing = notes["beats_guessing"]
+    run.notes["beats_guessing"] = notes["beats_guessing"]
     if run.notes["digest"] != notes["digest"]:
         log(f"{path}: the pairs to train on have changed since")
     if args.steps != notes["steps"]:
@@ -1431,7 +1439,7 @@ def show_model(config, params, mesh):
 
 def evaluate(run, num_shown, file=None):
     """Prints the score on unseen pairs, and some of them; returns their loss."""
-    # The state may be on the devices of several processes. This needs one device.
+    # This process evaluates alone, on one device, and the state may be on many.
     state = run.state.replace(opt_state=())  # which is large, and not needed
     state = jax.device_put(jax.device_get(state), jax.local_devices()[0])
     pairs, losses, num_labels = run.valid_pairs, [], []
@@ -1456,10 +1464,9 @@ def evaluate(run, num_shown, file=None):
 def save(run):
     """Saves a checkpoint, if options name one. Of several processes, the first does."""
     path = run.args.checkpoint
-    notes = run.notes | {"beats_guessing": run.beats_guessing}
     if path and jax.process_index() == 0:
         try:
-            save_checkpoint(path, run.model.config, run.state, **notes)
+            save_checkpoint(path, run.model.config, run.state, **run.notes)
         except OSError as error:
             raise RunError(f"cannot write {path}: {error.strerror}") from None
 
@@ -1476,7 +1483,7 @@ def report(run, metrics, steps_per_second, tokens_per_second):
     """Saves the run and prints a line of progress, with the metrics of the last step.
 
     A loss or a parameter that is not finite raises a RunError. A model that is worse
-    than guessing is not saved in the place of one that is better.
+    than guessing replaces only another such model.
     """
     step, steps = int(run.state.step), run.args.steps
     loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
@@ -1485,11 +1492,12 @@ def report(run, metrics, steps_per_second, tokens_per_second):
         saved = saved_so_far(run.args.checkpoint)
         what = f"not finite at step {step}: the loss ({loss:.4g}) or a parameter"
         raise RunError(f"{what}; try a lower --learning-rate{saved}")
-    guessing = float(np.log(run.model.config.tgt_vocab_size))  # the loss of that
-    if loss > guessing and run.beats_guessing:
+    guessing = float(np.log(run.model.config.tgt_vocab_size))  # its loss, ln V
+    beats_guessing = loss <= guessing
+    if run.notes["beats_guessing"] and not beats_guessing:
         log(f"not saved: the loss is above {guessing:.4f}, that of guessing")
     else:
-        run.beats_guessing = loss <= guessing
+        run.notes["beats_guessing"] = beats_guessing
         save(run)
     left = round((steps - step) / steps_per_second)
     log(
@@ -1503,15 +1511,19 @@ def train_for_a_minute(run, batches, num_steps, sharding):
     """Does `num_steps` steps, or fewer if a minute is over.
 
     `sharding` says which rows of a batch each device gets. Returns the metrics of the
-    last step, and the steps and target tokens done in a second.
+    last step, and the steps and target tokens done in a second. Of several processes,
+    one may do more steps than another before it returns; that changes no result.
     """
     start, metrics, num_tokens = time.perf_counter(), None, 0
     for done, batch in enumerate(itertools.islice(batches, num_steps), 1):
         num_tokens += (batch["tgt"][:, 1:] != PAD_ID).sum()
-        # While this loop made the batch, the device did the step before. Wait for that:
+        # Wait for the step before, which the device did while this loop made the batch:
         # with two steps under way, processes on CPUs would block each other.
         jax.block_until_ready(metrics)
-        batch = jax.device_put(batch, sharding)  # an error if processes' batches differ
+        try:
+            batch = jax.device_put(batch, sharding)
+        except AssertionError:  # JAX has compared the batches of all processes.
+            raise InputError("the processes do not have the same pairs") from None
         run.state, metrics = train_step(run.state, batch, run.args.label_smoothing)
         if time.perf_counter() - start > 60:
             break
@@ -1523,9 +1535,9 @@ def train_for_a_minute(run, batches, num_steps, sharding):
 def train_to_the_end(run, sharding):
     """Does the steps that are left.
 
-    The first process reports at every twentieth of all steps, or at every 500th step if
-    that is sooner, and after a minute without a report. At every fifth of these steps,
-    but not at the last, it also measures the model on unseen pairs.
+    Let `every` be a twentieth of all steps, but at most 500. The first process reports
+    at each multiple of it, at the last step, and after a minute without a report. At
+    the multiples of 5 * `every`, it also measures the model on unseen pairs.
     """
     args, step, max_len = run.args, int(run.state.step), run.model.config.max_len
     batches = training_batches(
@@ -1667,12 +1679,14 @@ def parse_arguments(argv):
     # In `--translate one -2 --attention`, "one" and "-2" are texts: the words from
     # --translate to the next one with two dashes. argparse would take "-2" for an
     # option. So it does not get the texts.
-    options, texts, last_option = [], [], None
+    options, texts = [], []
+    place = options
     for word in argv:
         if word.startswith("--"):
-            last_option = word
-        is_text = last_option == "--translate" and word != last_option
-        (texts if is_text else options).append(word)
+            options.append(word)
+            place = texts if word == "--translate" else options
+        else:
+            place.append(word)
     given = vars(make_parser().parse_args(options))
     is_translation, has_pairs = "translate" in given, "pairs" in given
     for name in given:
@@ -1688,7 +1702,7 @@ def parse_arguments(argv):
     }
     args = argparse.Namespace(**{"translate": None, **defaults, **given})
     if is_translation:
-        args.translate += texts
+        args.translate += texts  # It is not empty after `--translate=text`.
         if args.checkpoint is None:
             raise InputError("--translate needs --checkpoint FILE")
     elif not has_pairs and args.max_len < 4:
@@ -1726,8 +1740,7 @@ def fail(status, message=None):
         try:
             stream.flush()
         except OSError:
-            # Python flushes an open stream once more when it exits, and would add an
-            # error of its own.
+            # Python would flush it once more at its exit, and print a second error.
             with contextlib.suppress(OSError):
                 stream.close()
     return status
@@ -1740,7 +1753,7 @@ def main(argv=None):
     such as a loss that is no longer finite.
     """
     if sys.stdout is None or sys.stderr is None:
-        # If stderr is None, print writes to stdout.
+        # For print, file=None is stdout: one of the two may still be open.
         print("error: stdout or stderr is closed", file=sys.stderr)
         return 1
     for stream in (sys.stdout, sys.stderr):
@@ -1759,11 +1772,9 @@ def main(argv=None):
         if args.translate is not None:
             return 130
         return fail(130, f"interrupted{saved_so_far(args.checkpoint)}")
-    except BrokenPipeError:
-        if args.translate is not None:
-            return fail(0)  # `... | head` has read enough.
-        return fail(1, f"nobody reads the output{saved_so_far(args.checkpoint)}")
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and args.translate is not None:
+            return fail(0)  # `... | head` has read enough.
         # An error with a file name is about a file that the user named, one without is
         # about stdout or stderr.
         message = f"{error.filename or 'output'}: {error.strerror}"

@@ -24,8 +24,9 @@ def devices(number):
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
 
 
-def start(kind, *args):
-    """Starts the script on "1", "4" or "2 x 2" devices; returns its processes."""
+def start(kind, *args, folders=(None, None)):
+    """Starts the script on "1", "4" or "2 x 2" devices; returns its processes. They run
+    in these folders; None is the present one."""
     command = [sys.executable, SCRIPT, *OPTIONS, *map(str, args)]
     if kind == "2 x 2":
         with socket.socket() as free:
@@ -39,7 +40,10 @@ def start(kind, *args):
     else:
         environments = [devices(int(kind))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [subprocess.Popen(command, env=env, **pipes) for env in environments]
+    return [
+        subprocess.Popen(command, env=env, cwd=folder, **pipes)
+        for env, folder in zip(environments, folders)
+    ]
 
 
 def finish(processes):
@@ -128,6 +132,22 @@ def test_same_losses_everywhere_and_checkpoints_go_from_one_to_another(data, tmp
         np.testing.assert_allclose(first, expected[: len(first)], atol=1.1e-4)
         np.testing.assert_allclose(rest, expected[steps[kind] :], atol=1.1e-4)
         np.testing.assert_allclose(final_loss(files[kind], pairs), final, atol=1e-5)
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 10),
+    reason="of older JAX's processes, the first waits minutes for those that end",
+)
+def test_processes_with_other_pairs_do_not_train_on_them(tmp_path):
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        write_pairs(folder / "pairs.tsv", tm.demo_pairs(100, 7, seed=seed))
+    args = ["--pairs", "pairs.tsv", "--vocab-size", 259, "--steps", 1]
+    for process in start("2 x 2", *args, folders=folders):
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 2
+        assert err == "error: the processes do not have the same pairs\n"
 
 
 def test_loss_is_the_mean_over_all_labels_not_of_the_devices_means():
