@@ -27,8 +27,8 @@ attention is allowed. `kv` is a pair, the keys and the values, each [B, H, L, K]
 import signal
 
 if __name__ == "__main__":
-    # The imports take seconds, and Ctrl-C ends them at once, without a traceback. From
-    # `main` on it is an exception again, see the last lines.
+    # While the imports run, Ctrl-C ends the process without a traceback. The last lines
+    # of this file make it a KeyboardInterrupt again.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -96,7 +96,8 @@ class TransformerConfig:
 
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            # The exact type counts, as True is an instance of int.
+            # The exact type counts, as True is an instance of int. An int passes for a
+            # float.
             kinds = [int, float] if field.type is float else [field.type]
             require(field.name, type(value) in kinds, f"of type {field.type.__name__}")
             if field.type is int:
@@ -197,8 +198,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # `where` makes the weights of masked keys 0, even if all keys are masked. With the
-    # paper's way, scores of -inf, they would be 0 / 0 then.
+    # `where` makes the weights of masked keys 0, even if all keys are masked, and keeps
+    # gradients finite. With the paper's way, scores of -inf, both would be NaN then.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -227,8 +228,9 @@ class MultiHeadAttention(nn.Module):
     head_i = Attention(x W_i^Q, memory W_i^K, memory W_i^V)
     MultiHead(x, memory) = Concat(head_1, ..., head_H) W^O
 
-    The W_i^Q of all heads, D x K each, stand side by side in one D x D matrix, and so
-    do the W_i^K and the W_i^V. The attention weights go to Flax's collection
+    The memory is what x attends to: the encoder's output or, in self-attention, x. The
+    W_i^Q of all heads, D x K each, stand side by side in one D x D matrix, and so do
+    the W_i^K and the W_i^V. The attention weights go to Flax's collection
     "intermediates".
     """
 
@@ -345,11 +347,12 @@ class DecoderBlock(nn.Module):
     def __call__(self, x, self_mask, memory_kv, memory_mask, cache=None, start=0):
         """In training, x is a whole target. Decoding goes token by token: T is 1, and
         the keys and values of the tokens before come from a cache, to save computing
-        them anew for every token. (Those of the memory are computed once, beforehand.)
+        them anew for every token.
 
         Args:
           x: [B, T, D].
-          self_mask: broadcastable to [B, H, T, T], with a cache to [B, H, T, L].
+          self_mask: broadcastable to [B, H, T, T], with a cache of length L to
+            [B, H, T, L].
           memory_kv: cross_attention.project_kv(memory), of length S.
           memory_mask: broadcastable to [B, H, T, S].
           cache: a kv of length L, filled at the positions below `start`. Its layout is
@@ -359,7 +362,7 @@ class DecoderBlock(nn.Module):
 
         Returns:
           x after the block, [B, T, D], and the kv that self-attention attended to: that
-          of x or, with a cache, the cache with that of x in it.
+          of x, or the updated cache.
         """
         first, second, third = self.add_and_norm
 
@@ -549,7 +552,7 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
     away from the label and spreads it evenly over all V classes.
 
     logits [B, T, V], labels int [B, T] -> float32 []. A label outside the vocabulary
-    gives NaN; other types, shapes or shares than these raise a ValueError.
+    gives NaN; another type or shape, or a share outside 0 to 1, raises a ValueError.
     """
     check_tokens(labels)
     if logits.shape[:-1] != labels.shape:
@@ -587,7 +590,7 @@ def paper_schedule(d_model, warmup_steps=4000):
 class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, optimizer and its state) with a random key."""
 
-    dropout_key: jax.Array  # its numbers, uint32 [2], as no checkpoint can hold a key
+    dropout_key: jax.Array  # its key_data, uint32 [2]: Flax can save arrays, not keys
 
 
 def init_params(config, key):
@@ -665,8 +668,8 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     """Encodes src, int [B, S], with a row for each hypothesis, B * W rows in all. The
     W = beam_size rows of a source stand one below the other.
 
-    Returns the memory, which is the pair (memory_kv, memory_mask) that the `Decoder`
-    takes, and an empty cache, as long as BOS and max_len tokens.
+    Returns the pair (memory_kv, memory_mask), which the `Decoder` takes, and an empty
+    cache, as long as BOS and max_len tokens.
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -676,18 +679,18 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     apply = partial(model.apply, {"params": params})
     memory_kv = apply(apply(src, method="encode"), method="project_kv")
     repeat = partial(jnp.repeat, repeats=beam_size, axis=0)
-    memory = jax.tree.map(repeat, (memory_kv, padding_mask(src)))
+    encoded = jax.tree.map(repeat, (memory_kv, padding_mask(src)))
     _, num_heads, _, width = memory_kv[0][0].shape  # [B, H, S, K]
     shape = src.shape[0] * beam_size, num_heads, max_len + 1, width
     empty = jnp.zeros(shape, memory_kv[0][0].dtype)
-    return memory, [(empty, empty) for _ in memory_kv]
+    return encoded, [(empty, empty) for _ in memory_kv]
 
 
-def next_logits(model, params, memory, tokens, position, cache):
+def next_logits(model, params, encoded, tokens, position, cache):
     """Runs the decoder on the token at `position` alone; the cache stands for the rest.
 
     Args:
-      memory: from `start_decoding`.
+      encoded: the pair from `start_decoding`.
       tokens: int [B * W, L], the hypotheses so far, with PAD after `position`.
       cache: a list of kv of length L, filled before `position`.
 
@@ -696,11 +699,11 @@ def next_logits(model, params, memory, tokens, position, cache):
       filled up to `position`.
     """
     last = tokens[:, position][:, None]  # [B * W, 1]
-    # This mask also hides what comes after `position`, as that is PAD. So no causal
-    # mask is needed.
+    # What comes after `position` is PAD, and this mask hides it. So no causal mask is
+    # needed. (It hides a PAD that the model itself has chosen as well, as in training.)
     self_mask = padding_mask(tokens)
-    inputs = last, self_mask, *memory, cache, position
-    logits, cache = model.apply({"params": params}, *inputs, method="decode")
+    decode = partial(model.apply, {"params": params}, method="decode")
+    logits, cache = decode(last, self_mask, *encoded, cache=cache, start=position)
     return logits[:, 0], cache
 
 
@@ -724,11 +727,11 @@ def greedy_decode(model, params, src, max_len):
     src int [B, S] -> int32 [B, max_len], without BOS, PAD after EOS. Where the model's
     logits are NaN, the tokens are -1.
     """
-    memory, cache = start_decoding(model, params, src, max_len)
+    encoded, cache = start_decoding(model, params, src, max_len)
 
     def step(carry):
         position, tokens, cache = carry
-        logits, cache = next_logits(model, params, memory, tokens, position, cache)
+        logits, cache = next_logits(model, params, encoded, tokens, position, cache)
         # Like argmax, and faster. NaN counts as the highest logit.
         highest, token = jax.lax.top_k(logits, 1)  # both [B, 1]
         token = jnp.where(jnp.isnan(highest), -1, token)[:, 0]
@@ -785,17 +788,17 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     `alpha` is the exponent of the length penalty. src int [B, S] ->
 
       tokens: int32 [B, W, max_len], without BOS, PAD after EOS, best first.
-      scores: float32 [B, W], log P / ((5 + length) / 6)^alpha; EOS counts in length.
+      scores: float32 [B, W], log P / ((5 + length) / 6)^alpha.
 
     Where the model's logits are NaN, so are the scores, and the tokens are -1.
     """
-    memory, cache = start_decoding(model, params, src, max_len, beam_size)
+    encoded, cache = start_decoding(model, params, src, max_len, beam_size)
     shape = src.shape[0], beam_size
     source = jnp.arange(shape[0])[:, None]  # 0 to B - 1, [B, 1]
 
     def step(carry):
         position, tokens, log_p, cache = carry  # log_p [B, W]
-        logits, cache = next_logits(model, params, memory, tokens, position, cache)
+        logits, cache = next_logits(model, params, encoded, tokens, position, cache)
         next_log_p = jax.nn.log_softmax(logits).reshape(*shape, -1)
         choose = jax.vmap(best_continuations)  # source by source
         ended = has_ended(tokens).reshape(shape)
@@ -816,8 +819,7 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
-    # A hypothesis with NaN logits has V continuations that are NaN. top_k takes NaN for
-    # the highest number, so that they are all of the W that are left.
+    # top_k takes NaN for the highest number, so that NaN crowds out all else.
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
     order = jnp.argsort(-scores, axis=1)
     scores = jnp.take_along_axis(scores, order, axis=1)
@@ -833,8 +835,8 @@ WORD = re.compile(r" ?[^ ]+| ")
 
 
 def spell(word):
-    """The bytes of a word as a str, in which each token is one character, chr(token).
-    To merge two tokens is then a matter of str.replace.
+    """A word as a str with one character, chr(token), for the token of each byte. To
+    merge two tokens is then a matter of str.replace.
     """
     return "".join(chr(byte + FIRST_SYMBOL_ID) for byte in word.encode())
 
@@ -893,6 +895,7 @@ class Tokenizer:
                 break
             pair = min(pair for pair, number in counts.items() if number == highest)
             both, token = "".join(pair), chr(FIRST_MERGE_ID + len(merges))
+            # A merge changes the words with its pair alone. They are counted anew.
             for word in list(words_with[pair]):  # a copy: count_pairs adds to it
                 if both in spelled[word]:
                     count_pairs(word, -words[word])  # takes back what was counted
@@ -998,17 +1001,17 @@ def to_batch(pairs, width):
     return {"src": src, "tgt": tgt}
 
 
-def width_of(row, max_width):
-    """The width that a row, a tuple of lists of tokens such as a pair, is padded to.
+def width_of(lists, max_width):
+    """The width that lists of tokens, such as the two of a pair, are padded to.
 
     It has room for the longest of the lists, and EOS. As jit compiles for each width,
     there are few: max_width, half of it, a quarter, and so on, rounded down, and none
     below 8.
 
-    >>> [width_of(row, max_width=33) for row in [([5], [5] * 20), ([5] * 8,), ([5],)]]
+    >>> [width_of(x, max_width=33) for x in [([5], [5] * 20), ([5] * 8,), ([5],)]]
     [33, 16, 8]
     """
-    least, width = max(8, *(len(tokens) + 1 for tokens in row)), max_width
+    least, width = max(8, *(len(tokens) + 1 for tokens in lists)), max_width
     while width // 2 >= least:
         width //= 2
     return width
@@ -1018,8 +1021,8 @@ def batches_by_width(widths, batch_size, rng=None):
     """Sorts rows by width, given the width of each, and cuts them into batches. Returns
     a list of batches (numbers of the rows, width of the widest).
 
-    With `rng`, rows of one width and batches come in random order, and some rows, drawn
-    at random, are left out, so that all batches are full.
+    With `rng`, the order within a width and that of the batches are random. Rows that
+    do not fill a batch are left out; these, too, are drawn at random.
 
     >>> batches_by_width([8, 32, 16, 8], batch_size=2)
     [(array([0, 3]), 8), (array([2, 1]), 32)]
@@ -1077,9 +1080,9 @@ def save_checkpoint(path, config, state, **notes):
     content = flax.serialization.msgpack_serialize(content)
     digest = hashlib.sha256(content).hexdigest()
     path = os.path.realpath(path)  # A symbolic link is to stay one.
-    temporary = f"{path}.saving-{secrets.token_hex(8)}"  # 16 digits
-    # A process that is killed before it renames its file leaves it behind. What is an
-    # hour old can go; a newer file may be in use.
+    temporary = f"{path}.saving-{secrets.token_hex(8)}"
+    # Removes what killed processes left behind. A file that is not an hour old may be
+    # in use.
     for old in glob.glob(glob.escape(path) + ".saving-" + 16 * "[0-9a-f]"):
         with contextlib.suppress(OSError):
             if time.time() - os.path.getmtime(old) > 3600:
@@ -1170,7 +1173,7 @@ def decode_all(model, params, sources, beam_size, short_len=32):
 
     Most outputs are short, and attention over a long cache is slow. So every batch is
     decoded to `short_len` tokens, and once more, to `max_len`, unless all hypotheses
-    have ended: those would stay the same.
+    have ended. Then a longer search would find the same.
     """
     longest = model.config.max_len
 
@@ -1285,7 +1288,7 @@ def translate(args):
 # ---- 14 A training run ---------------------------------------------------------------
 
 # A run that is continued has to keep these options of the command line (section 15),
-# which decide on the model and on the order of its batches.
+# which decide on the model (d_ff follows from d_model) and on the order of batches.
 FIXED = "post_norm d_model num_heads num_layers max_len vocab_size batch_size seed"
 
 
@@ -1321,7 +1324,9 @@ def choose_pairs(args, valid=None):
 
 
 def encode_pairs(pairs, tokenizer, max_len):
-    """Pairs of texts -> pairs of lists of tokens, without those longer than max_len."""
+    """Pairs of texts -> pairs of lists of tokens, without those longer than max_len,
+    which does not count BOS and EOS here.
+    """
     encoded = [tuple(map(tokenizer.encode, pair)) for pair in pairs]
     return [pair for pair in encoded if max(map(len, pair)) <= max_len]
 
@@ -1333,7 +1338,9 @@ def fixed_options(args):
 
 
 def make_schedule(args):
-    """The learning rate rises for a tenth of the steps, then falls to 0 at the last."""
+    """The learning rate rises for a tenth of the steps, then falls to 0 at the last.
+    (Eq. 3 never gets there: it does not know how many steps there are.)
+    """
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=args.learning_rate,
@@ -1394,8 +1401,8 @@ def begin(args, valid_texts=None, tokenizer=None):
 
 
 def resume(args, old):
-    """Returns the Run that goes on from the Checkpoint `old`, if options allow it: it
-    begins anew with the old tokenizer and pairs to measure on, and takes the old state.
+    """Returns the Run that goes on from the Checkpoint `old`, if options allow it. It
+    begins with the old tokenizer and pairs to measure on, and takes the old state.
     """
     path, notes = args.checkpoint, old.notes
     kinds = {"options": dict, "steps": int, "valid_texts": list}
@@ -1430,7 +1437,7 @@ def show_model(config, params, mesh):
     parts = ", ".join(f"{part} {size:,}" for part, size in sizes.items())
     say(f"Parameters: {sum(sizes.values()):,} ({parts})")
     say(f"Devices: {mesh.size} x {mesh.devices.flat[0].device_kind}\n")
-    tokens = to_batch([([], Tokenizer().encode("ab"))], width=4)["tgt"]  # [1, 5]
+    tokens = pad([[BOS_ID, *Tokenizer().encode("ab"), EOS_ID]], width=5)
     mask = (padding_mask(tokens) & causal_mask(5))[0, 0]
     say('The decoder\'s mask for "ab", padded: # may be attended to, queries down')
     for name, row in zip(["BOS", "a", "b", "EOS", "PAD"], mask):
@@ -1482,8 +1489,8 @@ def saved_so_far(path):
 def report(run, metrics, steps_per_second, tokens_per_second):
     """Saves the run and prints a line of progress, with the metrics of the last step.
 
-    A loss or a parameter that is not finite raises a RunError. A model that is worse
-    than guessing replaces only another such model.
+    A loss or a parameter that is not finite raises a RunError. Once the model beats
+    guessing, none that does not is saved any more.
     """
     step, steps = int(run.state.step), run.args.steps
     loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
@@ -1511,14 +1518,13 @@ def train_for_a_minute(run, batches, num_steps, sharding):
     """Does `num_steps` steps, or fewer if a minute is over.
 
     `sharding` says which rows of a batch each device gets. Returns the metrics of the
-    last step, and the steps and target tokens done in a second. Of several processes,
-    one may do more steps than another before it returns; that changes no result.
+    last step, and the steps and target tokens done in a second.
     """
     start, metrics, num_tokens = time.perf_counter(), None, 0
     for done, batch in enumerate(itertools.islice(batches, num_steps), 1):
         num_tokens += (batch["tgt"][:, 1:] != PAD_ID).sum()
-        # Wait for the step before, which the device did while this loop made the batch:
-        # with two steps under way, processes on CPUs would block each other.
+        # The device did the step before while this loop made the batch. Wait for its
+        # end: with two steps under way, processes on CPUs would block each other.
         jax.block_until_ready(metrics)
         try:
             batch = jax.device_put(batch, sharding)
@@ -1537,7 +1543,8 @@ def train_to_the_end(run, sharding):
 
     Let `every` be a twentieth of all steps, but at most 500. The first process reports
     at each multiple of it, at the last step, and after a minute without a report. At
-    the multiples of 5 * `every`, it also measures the model on unseen pairs.
+    the multiples of 5 * `every`, it also measures the model on unseen pairs. All other
+    processes only do their part of each step, and wait for it there.
     """
     args, step, max_len = run.args, int(run.state.step), run.model.config.max_len
     batches = training_batches(
@@ -1702,7 +1709,7 @@ def parse_arguments(argv):
     }
     args = argparse.Namespace(**{"translate": None, **defaults, **given})
     if is_translation:
-        args.translate += texts  # It is not empty after `--translate=text`.
+        args.translate += texts  # argparse itself has read `--translate=text`.
         if args.checkpoint is None:
             raise InputError("--translate needs --checkpoint FILE")
     elif not has_pairs and args.max_len < 4:
@@ -1753,7 +1760,7 @@ def main(argv=None):
     such as a loss that is no longer finite.
     """
     if sys.stdout is None or sys.stderr is None:
-        # For print, file=None is stdout: one of the two may still be open.
+        # With file=None, print writes to stdout, which may be the open one.
         print("error: stdout or stderr is closed", file=sys.stderr)
         return 1
     for stream in (sys.stdout, sys.stderr):

@@ -122,9 +122,9 @@ def test_loop_stops_when_every_row_has_ended(beam_size, monkeypatch):
     positions = []
     decode = tm.Transformer.decode
 
-    def spy(self, *args):
-        jax.debug.callback(lambda p: positions.append(int(p)), args[-1])
-        return decode(self, *args)
+    def spy(self, *args, start, **kwargs):
+        jax.debug.callback(lambda p: positions.append(int(p)), start)
+        return decode(self, *args, start=start, **kwargs)
 
     def search(model):
         if beam_size is None:
