@@ -27,8 +27,8 @@ attention is allowed. `kv` is a pair, the keys and the values, each [B, H, L, K]
 import signal
 
 if __name__ == "__main__":
-    # While the imports run, Ctrl-C ends the process without a traceback. The last lines
-    # of this file make it a KeyboardInterrupt again.
+    # JAX takes seconds to import. Until then, Ctrl-C ends the process without a
+    # traceback. The last lines of this file make it a KeyboardInterrupt again.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -96,8 +96,8 @@ class TransformerConfig:
 
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            # The exact type counts, as True is an instance of int. An int passes for a
-            # float.
+            # type, not isinstance, for which True is an int. Only an int may stand for
+            # a float.
             kinds = [int, float] if field.type is float else [field.type]
             require(field.name, type(value) in kinds, f"of type {field.type.__name__}")
             if field.type is int:
@@ -110,7 +110,7 @@ class TransformerConfig:
         require("dropout_rate", 0 <= self.dropout_rate < 1, "at least 0 and below 1")
         sizes = self.src_vocab_size, self.tgt_vocab_size
         can_share = not self.share_embeddings or sizes[0] == sizes[1]
-        require("share_embeddings", can_share, f"False for two vocabularies {sizes}")
+        require("share_embeddings", can_share, f"False for vocabularies of {sizes}")
         outputs, dtypes = ("logits", "softmax", "none"), ("float32", "bfloat16")
         require("head", self.head in outputs, f"one of {outputs}")
         require("dtype", self.dtype in dtypes, f"one of {dtypes}")
@@ -173,7 +173,8 @@ def positional_encoding(max_len, d_model):
 
 # ---- 4 Attention ---------------------------------------------------------------------
 
-# A product that goes into a softmax: float32, even if its inputs are bfloat16.
+# A product that goes into a softmax: summed up and returned in float32, even if its
+# inputs are bfloat16.
 einsum_float32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
@@ -198,8 +199,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # `where` makes the weights of masked keys 0, even if all keys are masked, and keeps
-    # gradients finite. With the paper's way, scores of -inf, both would be NaN then.
+    # `where` makes the weights of masked keys 0, even if all keys are masked. Scores of
+    # -inf, the paper's way, would then give weights and gradients that are NaN.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -215,8 +216,7 @@ class Dense(nn.Module):
         xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
         kernel = self.param("kernel", xavier, (x.shape[-1], self.features))
         bias = self.param("bias", zeros, (self.features,))
-        # nn.Dense would do without this reshape. But on CPUs, one product of two
-        # matrices is faster than B products.
+        # One product of two matrices is faster on CPUs than the B products of nn.Dense.
         rows = x.reshape(-1, x.shape[-1])
         y = rows @ kernel.astype(x.dtype) + bias.astype(x.dtype)
         return y.reshape(*x.shape[:-1], self.features)
@@ -325,8 +325,8 @@ class EncoderBlock(nn.Module):
         """x [B, S, D], mask broadcastable to [B, H, S, S] -> [B, S, D]."""
         first, second = self.add_and_norm
 
-        inner = first.before(x)
-        y = self.self_attention(inner, inner, mask)
+        normed = first.before(x)
+        y = self.self_attention(normed, normed, mask)
         x = first.after(x, y)
 
         y = self.feed_forward(second.before(x))
@@ -351,13 +351,12 @@ class DecoderBlock(nn.Module):
 
         Args:
           x: [B, T, D].
-          self_mask: broadcastable to [B, H, T, T], with a cache of length L to
-            [B, H, T, L].
+          self_mask: broadcastable to [B, H, T, T] or, with a cache, [B, H, T, L].
           memory_kv: cross_attention.project_kv(memory), of length S.
           memory_mask: broadcastable to [B, H, T, S].
           cache: a kv of length L, filled at the positions below `start`. Its layout is
-            the one in which attention reads it, [B, H, L, K]: from any other, XLA would
-            transpose the whole cache at every token.
+            the one in which attention reads it, [B, H, L, K]. If it were [B, L, H, K],
+            XLA would transpose all of it at every token.
           start: the position of the first token of x.
 
         Returns:
@@ -366,14 +365,14 @@ class DecoderBlock(nn.Module):
         """
         first, second, third = self.add_and_norm
 
-        inner = first.before(x)
-        kv = self.self_attention.project_kv(inner)
+        normed = first.before(x)
+        kv = self.self_attention.project_kv(normed)
         if cache is not None:
             kv = tuple(  # Axis 2 is that of the positions, L.
                 jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=2)
                 for old, new in zip(cache, kv)
             )
-        y = self.self_attention.attend(inner, kv, self_mask)
+        y = self.self_attention.attend(normed, kv, self_mask)
         x = first.after(x, y)
 
         y = self.cross_attention.attend(second.before(x), memory_kv, memory_mask)
@@ -473,7 +472,7 @@ class Transformer(nn.Module):
 
         if self.config.share_embeddings:
             shared = matrix("embedding", self.config.tgt_vocab_size)
-            self.src_embedding = self.tgt_embedding = self.output = shared
+            self.src_embedding = self.tgt_embedding = self.output = shared  # [V, D]
         else:
             self.src_embedding = matrix("src_embedding", self.config.src_vocab_size)
             self.tgt_embedding = matrix("tgt_embedding", self.config.tgt_vocab_size)
@@ -488,8 +487,8 @@ class Transformer(nn.Module):
         """The forward pass for all target positions in parallel, as in training.
 
         src int [B, S] and the decoder's input tgt int [B, T], BOS first -> float32
-        [B, T, V]; the logits at position t are for the token at t + 1. The field `head`
-        of the configuration says what else may be returned.
+        [B, T, V]; the logits at position t are for the token at t + 1. With another
+        `head` (see TransformerConfig), probabilities or hidden states.
         """
         memory_mask = padding_mask(src)
         self_mask = padding_mask(tgt) & causal_mask(tgt.shape[1])
@@ -540,7 +539,7 @@ class Transformer(nn.Module):
 
 
 def mean_over_labels(values, labels):
-    """The mean of values [B, T] where labels [B, T] are not PAD; 0 if all are."""
+    """The mean of values [B, T] where labels [B, T] are not PAD; without any, 0."""
     is_label = labels != PAD_ID
     return jnp.where(is_label, values, 0).sum() / jnp.maximum(is_label.sum(), 1)
 
@@ -590,7 +589,7 @@ def paper_schedule(d_model, warmup_steps=4000):
 class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, optimizer and its state) with a random key."""
 
-    dropout_key: jax.Array  # its key_data, uint32 [2]: Flax can save arrays, not keys
+    dropout_key: jax.Array  # jax.random.key_data of it, uint32 [2], which can be saved
 
 
 def init_params(config, key):
@@ -665,11 +664,11 @@ def eval_step(state, batch):
 
 
 def start_decoding(model, params, src, max_len, beam_size=1):
-    """Encodes src, int [B, S], with a row for each hypothesis, B * W rows in all. The
-    W = beam_size rows of a source stand one below the other.
+    """Encodes src, int [B, S], and repeats what comes out for W = beam_size hypotheses.
+    The W rows of a source stand one below the other.
 
-    Returns the pair (memory_kv, memory_mask), which the `Decoder` takes, and an empty
-    cache, as long as BOS and max_len tokens.
+    Returns the pair (memory_kv, memory_mask), which the `Decoder` takes, of B * W rows,
+    and an empty cache of length L = max_len + 1: that of hypotheses with BOS.
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -700,7 +699,7 @@ def next_logits(model, params, encoded, tokens, position, cache):
     """
     last = tokens[:, position][:, None]  # [B * W, 1]
     # What comes after `position` is PAD, and this mask hides it. So no causal mask is
-    # needed. (It hides a PAD that the model itself has chosen as well, as in training.)
+    # needed. (A PAD that the model itself has chosen is hidden, too.)
     self_mask = padding_mask(tokens)
     decode = partial(model.apply, {"params": params}, method="decode")
     logits, cache = decode(last, self_mask, *encoded, cache=cache, start=position)
@@ -713,7 +712,7 @@ def has_ended(tokens):
 
 
 def is_unfinished(carry):
-    """Whether a search goes on. Its state between two steps, the carry, is a tuple: the
+    """Whether a search goes on. The carry, its state between two steps, is a tuple: the
     position of the last token, all tokens so far, and what else the search needs.
     """
     position, tokens, *_ = carry
@@ -803,8 +802,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
         choose = jax.vmap(best_continuations)  # source by source
         ended = has_ended(tokens).reshape(shape)
         log_p, parent, token = choose(log_p, ended, next_log_p)  # all [B, W]
-        # A hypothesis goes on with its parent's tokens and cache. The memory's kv is
-        # the same for all hypotheses of a source.
+        # A hypothesis goes on with its parent's tokens and cache. The memory's kv can
+        # stay: it is the same for all hypotheses of a source.
         row = (source * beam_size + parent).ravel()  # the parent's, [B * W]
         tokens, cache = jax.tree.map(lambda x: x[row], (tokens, cache))
         tokens = tokens.at[:, position + 1].set(token.ravel())
@@ -819,7 +818,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
-    # top_k takes NaN for the highest number, so that NaN crowds out all else.
+    # best_continuations' top_k takes NaN for the highest number. So if a hypothesis has
+    # NaN logits, soon all W of its source have.
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
     order = jnp.argsort(-scores, axis=1)
     scores = jnp.take_along_axis(scores, order, axis=1)
@@ -829,14 +829,17 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 # ---- 10 Text -------------------------------------------------------------------------
 
 FIRST_MERGE_ID = FIRST_SYMBOL_ID + 256  # The symbols before it are the 256 bytes.
-# A space belongs to the word after it, and the first of two is a word of its own:
-# "a  b" has the words "a", " " and " b".
+# A space belongs to the word after it. Of several, each but the last is a word of its
+# own: "a  b" has the words "a", " " and " b".
 WORD = re.compile(r" ?[^ ]+| ")
 
 
 def spell(word):
-    """A word as a str with one character, chr(token), for the token of each byte. To
-    merge two tokens is then a matter of str.replace.
+    """The bytes of a word as tokens, each written as one character, chr(token). Two
+    tokens are then merged by str.replace.
+
+    >>> [ord(character) for character in spell("low")]
+    [111, 114, 122]
     """
     return "".join(chr(byte + FIRST_SYMBOL_ID) for byte in word.encode())
 
@@ -845,7 +848,7 @@ class Tokenizer:
     """Byte-pair encoding of UTF-8 text (section 5.1): any text has an encoding.
 
     Byte b is token b + 3. Every merge makes one more token of two that often follow one
-    another in a word; the space before a word belongs to it.
+    another in a word.
 
     >>> tokenizer = Tokenizer.learn(["low", "lower", "slow"], vocab_size=261)
     >>> tokenizer.merges  # "l" and "o" become token 259, then that and "w" token 260
@@ -895,9 +898,9 @@ class Tokenizer:
                 break
             pair = min(pair for pair, number in counts.items() if number == highest)
             both, token = "".join(pair), chr(FIRST_MERGE_ID + len(merges))
-            # A merge changes the words with its pair alone. They are counted anew.
-            for word in list(words_with[pair]):  # a copy: count_pairs adds to it
-                if both in spelled[word]:
+            # Only words that contain the pair change, and only they are counted anew.
+            for word in words_with[pair]:
+                if both in spelled[word]:  # It may have lost the pair.
                     count_pairs(word, -words[word])  # takes back what was counted
                     spelled[word] = spelled[word].replace(both, token)
                     count_pairs(word, words[word])
@@ -1011,15 +1014,16 @@ def width_of(lists, max_width):
     >>> [width_of(x, max_width=33) for x in [([5], [5] * 20), ([5] * 8,), ([5],)]]
     [33, 16, 8]
     """
-    least, width = max(8, *(len(tokens) + 1 for tokens in lists)), max_width
-    while width // 2 >= least:
+    needed = max(len(tokens) + 1 for tokens in lists)
+    width = max_width
+    while width // 2 >= max(needed, 8):
         width //= 2
     return width
 
 
 def batches_by_width(widths, batch_size, rng=None):
     """Sorts rows by width, given the width of each, and cuts them into batches. Returns
-    a list of batches (numbers of the rows, width of the widest).
+    a list of batches (numbers of the rows, width of the widest row).
 
     With `rng`, the order within a width and that of the batches are random. Rows that
     do not fill a batch are left out; these, too, are drawn at random.
@@ -1081,8 +1085,8 @@ def save_checkpoint(path, config, state, **notes):
     digest = hashlib.sha256(content).hexdigest()
     path = os.path.realpath(path)  # A symbolic link is to stay one.
     temporary = f"{path}.saving-{secrets.token_hex(8)}"
-    # Removes what killed processes left behind. A file that is not an hour old may be
-    # in use.
+    # Removes what killed processes left behind. Another process may still be writing a
+    # file that is not an hour old.
     for old in glob.glob(glob.escape(path) + ".saving-" + 16 * "[0-9a-f]"):
         with contextlib.suppress(OSError):
             if time.time() - os.path.getmtime(old) > 3600:
@@ -1102,8 +1106,8 @@ def save_checkpoint(path, config, state, **notes):
 
 def restore(path, template, content):
     """Returns `content`, read from the checkpoint at `path`, as an object like
-    `template`: a TrainState, or parameters. If names, shapes or types differ, it raises
-    an InputError.
+    `template`: a TrainState, or parameters, or only their shapes. If names, shapes or
+    types differ, it raises an InputError.
     """
 
     def describe(x):
@@ -1172,8 +1176,8 @@ def decode_all(model, params, sources, beam_size, short_len=32):
     """Sources (lists of tokens), shorter than the model's `max_len` -> their outputs.
 
     Most outputs are short, and attention over a long cache is slow. So every batch is
-    decoded to `short_len` tokens, and once more, to `max_len`, unless all hypotheses
-    have ended. Then a longer search would find the same.
+    decoded to `short_len` tokens first. If all hypotheses have ended by then, a longer
+    search would find the same. Otherwise the batch is decoded again, to `max_len`.
     """
     longest = model.config.max_len
 
@@ -1233,8 +1237,9 @@ def show_attention(model, params, tokenizer, source, target):
 
 
 def chunks_to_translate(texts):
-    """Yields lists of lines, as bytes. Without `texts`, they are read from stdin; at a
-    terminal each line is a list of its own, with a prompt before it on stderr.
+    """Yields lists of lines, as bytes: not all may be UTF-8. Without `texts`, they come
+    from stdin; at a terminal each line is a list of its own, and has a prompt on
+    stderr before it.
     """
     if texts:
         yield [os.fsencode(text) for text in texts]
@@ -1264,7 +1269,9 @@ def translate(args):
     longest = config.max_len - 1  # without EOS
     number, status = 0, 0
     for chunk in chunks_to_translate(args.translate):
-        sources = []  # lists of tokens; empty for a line that is not translated
+        # Lists of tokens. That of a faulty line is empty, as that of an empty line. It
+        # is decoded like the others, and not printed.
+        sources = []
         for line in chunk:
             number += 1
             try:
@@ -1288,7 +1295,8 @@ def translate(args):
 # ---- 14 A training run ---------------------------------------------------------------
 
 # A run that is continued has to keep these options of the command line (section 15),
-# which decide on the model (d_ff follows from d_model) and on the order of batches.
+# which decide on the model (d_ff follows from d_model) and on the order of batches. If
+# the pairs to train on have changed, that is told, and allowed.
 FIXED = "post_norm d_model num_heads num_layers max_len vocab_size batch_size seed"
 
 
@@ -1339,7 +1347,7 @@ def fixed_options(args):
 
 def make_schedule(args):
     """The learning rate rises for a tenth of the steps, then falls to 0 at the last.
-    (Eq. 3 never gets there: it does not know how many steps there are.)
+    (That of Eq. 3 never reaches 0, as it does not know the number of steps.)
     """
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
@@ -1417,7 +1425,7 @@ def resume(args, old):
     if args.valid and [list(pair) for pair in read_pairs(args.valid)] != valid_texts:
         raise InputError(f"{args.valid}: not the pairs that {path} was measured on")
     run = begin(args, valid_texts, old.tokenizer)
-    run.state = restore(path, run.state, old.state)
+    run.state = restore(path, run.state, old.state)  # the new one is but a template
     run.notes["beats_guessing"] = notes["beats_guessing"]
     if run.notes["digest"] != notes["digest"]:
         log(f"{path}: the pairs to train on have changed since")
@@ -1489,8 +1497,8 @@ def saved_so_far(path):
 def report(run, metrics, steps_per_second, tokens_per_second):
     """Saves the run and prints a line of progress, with the metrics of the last step.
 
-    A loss or a parameter that is not finite raises a RunError. Once the model beats
-    guessing, none that does not is saved any more.
+    A loss or a parameter that is not finite raises a RunError. After a model that beats
+    guessing has been saved, one that does not is not saved over it.
     """
     step, steps = int(run.state.step), run.args.steps
     loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
@@ -1518,17 +1526,19 @@ def train_for_a_minute(run, batches, num_steps, sharding):
     """Does `num_steps` steps, or fewer if a minute is over.
 
     `sharding` says which rows of a batch each device gets. Returns the metrics of the
-    last step, and the steps and target tokens done in a second.
+    last step, and the steps and target tokens done in a second. The next call goes on
+    with the next batch. So one process may return before another that does more steps.
     """
     start, metrics, num_tokens = time.perf_counter(), None, 0
     for done, batch in enumerate(itertools.islice(batches, num_steps), 1):
         num_tokens += (batch["tgt"][:, 1:] != PAD_ID).sum()
-        # The device did the step before while this loop made the batch. Wait for its
-        # end: with two steps under way, processes on CPUs would block each other.
+        # train_step returns at once, and the device works on while this loop makes the
+        # next batch. But with two steps under way, processes on CPUs would block each
+        # other. So this waits for the previous step.
         jax.block_until_ready(metrics)
         try:
             batch = jax.device_put(batch, sharding)
-        except AssertionError:  # JAX has compared the batches of all processes.
+        except AssertionError:  # JAX asserts that all processes pass the same batch.
             raise InputError("the processes do not have the same pairs") from None
         run.state, metrics = train_step(run.state, batch, run.args.label_smoothing)
         if time.perf_counter() - start > 60:
@@ -1709,7 +1719,7 @@ def parse_arguments(argv):
     }
     args = argparse.Namespace(**{"translate": None, **defaults, **given})
     if is_translation:
-        args.translate += texts  # argparse itself has read `--translate=text`.
+        args.translate += texts  # to [], or to [text] after `--translate=text`
         if args.checkpoint is None:
             raise InputError("--translate needs --checkpoint FILE")
     elif not has_pairs and args.max_len < 4:
@@ -1747,7 +1757,7 @@ def fail(status, message=None):
         try:
             stream.flush()
         except OSError:
-            # Python would flush it once more at its exit, and print a second error.
+            # Python will flush all open streams at its exit, and print a second error.
             with contextlib.suppress(OSError):
                 stream.close()
     return status
@@ -1760,7 +1770,7 @@ def main(argv=None):
     such as a loss that is no longer finite.
     """
     if sys.stdout is None or sys.stderr is None:
-        # With file=None, print writes to stdout, which may be the open one.
+        # If stderr is None, print writes this to stdout.
         print("error: stdout or stderr is closed", file=sys.stderr)
         return 1
     for stream in (sys.stdout, sys.stderr):
