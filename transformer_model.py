@@ -96,8 +96,7 @@ class TransformerConfig:
 
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            # type, not isinstance, for which True is an int. Only an int may stand for
-            # a float.
+            # isinstance would take True for an int. An int may stand for a float.
             kinds = [int, float] if field.type is float else [field.type]
             require(field.name, type(value) in kinds, f"of type {field.type.__name__}")
             if field.type is int:
@@ -199,8 +198,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # `where` makes the weights of masked keys 0, even if all keys are masked. Scores of
-    # -inf, the paper's way, would then give weights and gradients that are NaN.
+    # If all keys are masked, softmax with `where` returns zeros. With scores of -inf,
+    # the paper's way, weights and gradients would be NaN.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -325,8 +324,8 @@ class EncoderBlock(nn.Module):
         """x [B, S, D], mask broadcastable to [B, H, S, S] -> [B, S, D]."""
         first, second = self.add_and_norm
 
-        normed = first.before(x)
-        y = self.self_attention(normed, normed, mask)
+        inputs = first.before(x)
+        y = self.self_attention(inputs, inputs, mask)
         x = first.after(x, y)
 
         y = self.feed_forward(second.before(x))
@@ -355,8 +354,8 @@ class DecoderBlock(nn.Module):
           memory_kv: cross_attention.project_kv(memory), of length S.
           memory_mask: broadcastable to [B, H, T, S].
           cache: a kv of length L, filled at the positions below `start`. Its layout is
-            the one in which attention reads it, [B, H, L, K]. If it were [B, L, H, K],
-            XLA would transpose all of it at every token.
+            the one in which attention reads it, [B, H, L, K]. With [B, L, H, K], XLA
+            would transpose the whole cache at every token.
           start: the position of the first token of x.
 
         Returns:
@@ -365,14 +364,14 @@ class DecoderBlock(nn.Module):
         """
         first, second, third = self.add_and_norm
 
-        normed = first.before(x)
-        kv = self.self_attention.project_kv(normed)
+        inputs = first.before(x)
+        kv = self.self_attention.project_kv(inputs)
         if cache is not None:
             kv = tuple(  # Axis 2 is that of the positions, L.
                 jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=2)
                 for old, new in zip(cache, kv)
             )
-        y = self.self_attention.attend(normed, kv, self_mask)
+        y = self.self_attention.attend(inputs, kv, self_mask)
         x = first.after(x, y)
 
         y = self.cross_attention.attend(second.before(x), memory_kv, memory_mask)
@@ -668,7 +667,8 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     The W rows of a source stand one below the other.
 
     Returns the pair (memory_kv, memory_mask), which the `Decoder` takes, of B * W rows,
-    and an empty cache of length L = max_len + 1: that of hypotheses with BOS.
+    and an empty cache of length L = max_len + 1, that of hypotheses with BOS. (Its last
+    place stays empty, as the decoder never gets the last token.)
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -818,8 +818,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
-    # best_continuations' top_k takes NaN for the highest number. So if a hypothesis has
-    # NaN logits, soon all W of its source have.
+    # best_continuations' top_k takes NaN for the highest number. So the V continuations
+    # of a hypothesis with NaN logits displace all others of its source.
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
     order = jnp.argsort(-scores, axis=1)
     scores = jnp.take_along_axis(scores, order, axis=1)
@@ -899,7 +899,7 @@ class Tokenizer:
             pair = min(pair for pair, number in counts.items() if number == highest)
             both, token = "".join(pair), chr(FIRST_MERGE_ID + len(merges))
             # Only words that contain the pair change, and only they are counted anew.
-            for word in words_with[pair]:
+            for word in words_with.pop(pair):
                 if both in spelled[word]:  # It may have lost the pair.
                     count_pairs(word, -words[word])  # takes back what was counted
                     spelled[word] = spelled[word].replace(both, token)
@@ -1035,7 +1035,7 @@ def batches_by_width(widths, batch_size, rng=None):
     if rng is not None:
         num_whole = len(rows) // batch_size
         rows = rng.permutation(rows)[: num_whole * batch_size]
-    rows = rows[np.argsort(widths[rows], kind="stable")]
+    rows = rows[np.argsort(widths[rows], kind="stable")]  # Equal ones stay shuffled.
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     if rng is not None:
         rng.shuffle(batches)
@@ -1106,8 +1106,8 @@ def save_checkpoint(path, config, state, **notes):
 
 def restore(path, template, content):
     """Returns `content`, read from the checkpoint at `path`, as an object like
-    `template`: a TrainState, or parameters, or only their shapes. If names, shapes or
-    types differ, it raises an InputError.
+    `template`: a TrainState, or parameters. If names, shapes or types differ, it raises
+    an InputError. Where the template has but shapes, this is all it does.
     """
 
     def describe(x):
@@ -1269,8 +1269,8 @@ def translate(args):
     longest = config.max_len - 1  # without EOS
     number, status = 0, 0
     for chunk in chunks_to_translate(args.translate):
-        # Lists of tokens. That of a faulty line is empty, as that of an empty line. It
-        # is decoded like the others, and not printed.
+        # Lists of tokens, an empty one for a faulty line as for an empty line. It is
+        # decoded like the others, and an empty line is printed.
         sources = []
         for line in chunk:
             number += 1
@@ -1296,7 +1296,7 @@ def translate(args):
 
 # A run that is continued has to keep these options of the command line (section 15),
 # which decide on the model (d_ff follows from d_model) and on the order of batches. If
-# the pairs to train on have changed, that is told, and allowed.
+# the pairs to train on have changed, that is reported, but allowed.
 FIXED = "post_norm d_model num_heads num_layers max_len vocab_size batch_size seed"
 
 
@@ -1497,8 +1497,8 @@ def saved_so_far(path):
 def report(run, metrics, steps_per_second, tokens_per_second):
     """Saves the run and prints a line of progress, with the metrics of the last step.
 
-    A loss or a parameter that is not finite raises a RunError. After a model that beats
-    guessing has been saved, one that does not is not saved over it.
+    A loss or a parameter that is not finite raises a RunError. A model that is worse
+    than guessing is not saved over one that is better, and the run goes on.
     """
     step, steps = int(run.state.step), run.args.steps
     loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
@@ -1526,8 +1526,10 @@ def train_for_a_minute(run, batches, num_steps, sharding):
     """Does `num_steps` steps, or fewer if a minute is over.
 
     `sharding` says which rows of a batch each device gets. Returns the metrics of the
-    last step, and the steps and target tokens done in a second. The next call goes on
-    with the next batch. So one process may return before another that does more steps.
+    last step, and the steps and target tokens done in a second.
+
+    Processes may return after different steps, and go on from there in the next call:
+    all do the same steps, and each step waits for all of them.
     """
     start, metrics, num_tokens = time.perf_counter(), None, 0
     for done, batch in enumerate(itertools.islice(batches, num_steps), 1):
@@ -1693,9 +1695,9 @@ def make_parser():
 
 def parse_arguments(argv):
     """Returns the options, checked and complete."""
-    # In `--translate one -2 --attention`, "one" and "-2" are texts: the words from
-    # --translate to the next one with two dashes. argparse would take "-2" for an
-    # option. So it does not get the texts.
+    # Words from --translate to the next one with two dashes are texts. argparse would
+    # take a text like "-2" for an option, and so does not get them: of `--translate one
+    # -2 --attention`, it gets `--translate --attention`.
     options, texts = [], []
     place = options
     for word in argv:
@@ -1757,7 +1759,8 @@ def fail(status, message=None):
         try:
             stream.flush()
         except OSError:
-            # Python will flush all open streams at its exit, and print a second error.
+            # At its exit, Python flushes all streams that are not closed, and would
+            # print a second error.
             with contextlib.suppress(OSError):
                 stream.close()
     return status
@@ -1770,8 +1773,7 @@ def main(argv=None):
     such as a loss that is no longer finite.
     """
     if sys.stdout is None or sys.stderr is None:
-        # If stderr is None, print writes this to stdout.
-        print("error: stdout or stderr is closed", file=sys.stderr)
+        print("error: stdout or stderr is closed", file=sys.stderr or sys.stdout)
         return 1
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # A notebook's streams have no encoding.
