@@ -1100,7 +1100,8 @@ def save_checkpoint(path, config, state, **notes):
                 os.chmod(temporary, os.stat(path).st_mode)
             os.replace(temporary, path)
         except BaseException:
-            os.remove(temporary)
+            with contextlib.suppress(FileNotFoundError):  # It may be renamed already.
+                os.remove(temporary)
             raise
 
 
