@@ -1108,7 +1108,7 @@ def save_checkpoint(path, config, state, **notes):
 def restore(path, template, content):
     """Returns `content`, read from the checkpoint at `path`, as an object like
     `template`: a TrainState, or parameters. If names, shapes or types differ, it raises
-    an InputError. Where the template has but shapes, this is all it does.
+    an InputError. (To check only that, a template of shapes is enough.)
     """
 
     def describe(x):
@@ -1694,11 +1694,13 @@ def make_parser():
     return parser
 
 
-def parse_arguments(argv):
-    """Returns the options, checked and complete."""
-    # Words from --translate to the next one with two dashes are texts. argparse would
-    # take a text like "-2" for an option, and so does not get them: of `--translate one
-    # -2 --attention`, it gets `--translate --attention`.
+def split_texts(argv):
+    """Takes the texts out, the words from --translate to the next one with two dashes:
+    argparse would take a text like "-2" for an option.
+
+    >>> split_texts(["--translate", "one", "-2", "--attention"])
+    (['--translate', '--attention'], ['one', '-2'])
+    """
     options, texts = [], []
     place = options
     for word in argv:
@@ -1707,6 +1709,12 @@ def parse_arguments(argv):
             place = texts if word == "--translate" else options
         else:
             place.append(word)
+    return options, texts
+
+
+def parse_arguments(argv):
+    """Returns the options, checked and complete."""
+    options, texts = split_texts(argv)
     given = vars(make_parser().parse_args(options))
     is_translation, has_pairs = "translate" in given, "pairs" in given
     for name in given:

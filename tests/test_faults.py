@@ -199,6 +199,19 @@ def test_link_and_mode_of_the_file_stay(tmp_path):
     assert file.read_bytes() != before
 
 
+def test_ctrl_c_just_after_renaming_stays_one(tmp_path, monkeypatch):
+    path, real = tmp_path / "model", os.replace
+
+    def replace(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        small_save(path)
+    assert content_of(path) and leftovers(path) == []
+
+
 def test_nothing_that_is_left_there_hinders_saving(tmp_path):
     path = tmp_path / "model"
     folder = tmp_path / f"model.saving-{'0' * 16}"
