@@ -27,8 +27,8 @@ attention is allowed. `kv` is a pair, the keys and the values, each [B, H, L, K]
 import signal
 
 if __name__ == "__main__":
-    # JAX takes seconds to import. Until then, Ctrl-C ends the process without a
-    # traceback. The last lines of this file make it a KeyboardInterrupt again.
+    # JAX takes seconds to import. Meanwhile, Ctrl-C ends the process without a
+    # traceback. The last lines of this file turn it into KeyboardInterrupt again.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -108,8 +108,8 @@ class TransformerConfig:
         require("d_model", self.d_model % 2 == 0, "even, for sines and cosines")
         require("dropout_rate", 0 <= self.dropout_rate < 1, "at least 0 and below 1")
         sizes = self.src_vocab_size, self.tgt_vocab_size
-        can_share = not self.share_embeddings or sizes[0] == sizes[1]
-        require("share_embeddings", can_share, f"False for vocabularies of {sizes}")
+        fits = sizes[0] == sizes[1] or not self.share_embeddings
+        require("share_embeddings", fits, f"False for vocabularies of sizes {sizes}")
         outputs, dtypes = ("logits", "softmax", "none"), ("float32", "bfloat16")
         require("head", self.head in outputs, f"one of {outputs}")
         require("dtype", self.dtype in dtypes, f"one of {dtypes}")
@@ -198,8 +198,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # If all keys are masked, softmax with `where` returns zeros. With scores of -inf,
-    # the paper's way, weights and gradients would be NaN.
+    # With `where`, softmax gives zeros to masked keys even if all of them are masked.
+    # With scores of -inf, the paper's way, weights and gradients would then be NaN.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -588,7 +588,7 @@ def paper_schedule(d_model, warmup_steps=4000):
 class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, optimizer and its state) with a random key."""
 
-    dropout_key: jax.Array  # jax.random.key_data of it, uint32 [2], which can be saved
+    dropout_key: jax.Array  # as numbers, uint32 [2], because a key cannot be saved
 
 
 def init_params(config, key):
@@ -667,8 +667,9 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     The W rows of a source stand one below the other.
 
     Returns the pair (memory_kv, memory_mask), which the `Decoder` takes, of B * W rows,
-    and an empty cache of length L = max_len + 1, that of hypotheses with BOS. (Its last
-    place stays empty, as the decoder never gets the last token.)
+    and an empty cache. Its length L is max_len + 1, that of hypotheses with BOS, so
+    that their padding mask fits it. (Its last place stays empty, as the decoder never
+    gets the last token.)
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -818,8 +819,7 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
-    # best_continuations' top_k takes NaN for the highest number. So the V continuations
-    # of a hypothesis with NaN logits displace all others of its source.
+    # NaN is not lost on the way: top_k takes it for the highest number, and keeps it.
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
     order = jnp.argsort(-scores, axis=1)
     scores = jnp.take_along_axis(scores, order, axis=1)
@@ -882,7 +882,8 @@ class Tokenizer:
         words = collections.Counter(w for text in texts for w in WORD.findall(text))
         spelled = {word: spell(word) for word in words}
         counts = collections.Counter()  # how often each pair occurs in all texts
-        words_with = collections.defaultdict(set)  # the words that have, or had, a pair
+        # The words that have a pair. One that loses the pair again is not taken out.
+        words_with = collections.defaultdict(set)
 
         def count_pairs(word, times):
             for pair in itertools.pairwise(spelled[word]):
@@ -900,7 +901,7 @@ class Tokenizer:
             both, token = "".join(pair), chr(FIRST_MERGE_ID + len(merges))
             # Only words that contain the pair change, and only they are counted anew.
             for word in words_with.pop(pair):
-                if both in spelled[word]:  # It may have lost the pair.
+                if both in spelled[word]:  # It may have lost the pair since.
                     count_pairs(word, -words[word])  # takes back what was counted
                     spelled[word] = spelled[word].replace(both, token)
                     count_pairs(word, words[word])
@@ -1108,7 +1109,7 @@ def save_checkpoint(path, config, state, **notes):
 def restore(path, template, content):
     """Returns `content`, read from the checkpoint at `path`, as an object like
     `template`: a TrainState, or parameters. If names, shapes or types differ, it raises
-    an InputError. (To check only that, a template of shapes is enough.)
+    an InputError. (For this check alone, a template from jax.eval_shape is enough.)
     """
 
     def describe(x):
@@ -1270,8 +1271,8 @@ def translate(args):
     longest = config.max_len - 1  # without EOS
     number, status = 0, 0
     for chunk in chunks_to_translate(args.translate):
-        # Lists of tokens, an empty one for a faulty line as for an empty line. It is
-        # decoded like the others, and an empty line is printed.
+        # Lists of tokens. A faulty line counts as an empty one: its list is empty, which
+        # is decoded like all others, but an empty line is printed.
         sources = []
         for line in chunk:
             number += 1
@@ -1499,7 +1500,7 @@ def report(run, metrics, steps_per_second, tokens_per_second):
     """Saves the run and prints a line of progress, with the metrics of the last step.
 
     A loss or a parameter that is not finite raises a RunError. A model that is worse
-    than guessing is not saved over one that is better, and the run goes on.
+    than guessing is not saved over one that beats guessing, and the run goes on.
     """
     step, steps = int(run.state.step), run.args.steps
     loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
@@ -1529,8 +1530,8 @@ def train_for_a_minute(run, batches, num_steps, sharding):
     `sharding` says which rows of a batch each device gets. Returns the metrics of the
     last step, and the steps and target tokens done in a second.
 
-    Processes may return after different steps, and go on from there in the next call:
-    all do the same steps, and each step waits for all of them.
+    By its own clock, one of several processes may begin a step more than another. It
+    waits in that step until the other begins it, too, in its next call.
     """
     start, metrics, num_tokens = time.perf_counter(), None, 0
     for done, batch in enumerate(itertools.islice(batches, num_steps), 1):
@@ -1556,8 +1557,8 @@ def train_to_the_end(run, sharding):
 
     Let `every` be a twentieth of all steps, but at most 500. The first process reports
     at each multiple of it, at the last step, and after a minute without a report. At
-    the multiples of 5 * `every`, it also measures the model on unseen pairs. All other
-    processes only do their part of each step, and wait for it there.
+    the multiples of 5 * `every`, it also measures the model on unseen pairs. Meanwhile,
+    the other processes wait for it in their next step.
     """
     args, step, max_len = run.args, int(run.state.step), run.model.config.max_len
     batches = training_batches(
@@ -1695,8 +1696,8 @@ def make_parser():
 
 
 def split_texts(argv):
-    """Takes the texts out, the words from --translate to the next one with two dashes:
-    argparse would take a text like "-2" for an option.
+    """Takes out the texts, as argparse would take one like "-2" for an option. They are
+    the words after --translate, up to the next that begins with two dashes.
 
     >>> split_texts(["--translate", "one", "-2", "--attention"])
     (['--translate', '--attention'], ['one', '-2'])
