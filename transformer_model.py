@@ -1271,8 +1271,8 @@ def translate(args):
     longest = config.max_len - 1  # without EOS
     number, status = 0, 0
     for chunk in chunks_to_translate(args.translate):
-        # Lists of tokens. A faulty line counts as an empty one: its list is empty, which
-        # is decoded like all others, but an empty line is printed.
+        # Lists of tokens. A faulty line counts as an empty one: its list is empty. Such
+        # lists are decoded like the others, but an empty line is printed.
         sources = []
         for line in chunk:
             number += 1
