@@ -199,7 +199,7 @@ def scaled_dot_product_attention(query, key, value, mask=None):
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
     # With `where`, softmax gives zeros to masked keys even if all of them are masked.
-    # With scores of -inf, the paper's way, weights and gradients would then be NaN.
+    # Scores of -inf, the paper's way, would give NaN in that case, in gradients too.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -507,8 +507,9 @@ class Transformer(nn.Module):
         return [block.cross_attention.project_kv(memory) for block in blocks]
 
     def decode(self, tgt, self_mask, memory_kv, memory_mask, cache=None, start=0):
-        """Target tokens, int [B, T], the first at position `start` -> the logits for
-        the tokens after them, float32 [B, T, V], and the decoder's kv (see `Decoder`).
+        """Target tokens, int [B, T], the first at position `start` and the last below
+        max_len -> the logits for the tokens after them, float32 [B, T, V], and the
+        decoder's kv (see `Decoder`).
         """
         x = self.embed(self.tgt_embedding, tgt, start)
         x, kv = self.decoder(x, self_mask, memory_kv, memory_mask, cache, start)
@@ -556,7 +557,7 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
     if logits.shape[:-1] != labels.shape:
         got = f"{logits.shape} and {labels.shape}"
         raise ValueError(f"logits and labels must be [B, T, V] and [B, T], got {got}")
-    # Within jit, label_smoothing may be a tracer, which has no value to check.
+    # In a caller's jit, label_smoothing may be a tracer, which has no value to check.
     is_number = isinstance(label_smoothing, (int, float))
     if is_number and not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be 0 to 1, not {label_smoothing}")
@@ -663,13 +664,15 @@ def eval_step(state, batch):
 
 
 def start_decoding(model, params, src, max_len, beam_size=1):
-    """Encodes src, int [B, S], and repeats what comes out for W = beam_size hypotheses.
-    The W rows of a source stand one below the other.
+    """Encodes src, int [B, S], and makes room for W = beam_size hypotheses of each.
 
-    Returns the pair (memory_kv, memory_mask), which the `Decoder` takes, of B * W rows,
-    and an empty cache. Its length L is max_len + 1, that of hypotheses with BOS, so
-    that their padding mask fits it. (Its last place stays empty, as the decoder never
-    gets the last token.)
+    All that is returned has B * W rows, those of a source one below the other:
+
+      encoded: the pair (memory_kv, memory_mask), which the `Decoder` takes.
+      tokens: int32 [B * W, L], where L is max_len + 1. BOS comes first, then PAD, which
+        the search replaces.
+      cache: for the keys and values of the tokens, hence of length L, and empty. (The
+        last place stays empty, as the decoder never gets the last token.)
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -681,17 +684,18 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     repeat = partial(jnp.repeat, repeats=beam_size, axis=0)
     encoded = jax.tree.map(repeat, (memory_kv, padding_mask(src)))
     _, num_heads, _, width = memory_kv[0][0].shape  # [B, H, S, K]
-    shape = src.shape[0] * beam_size, num_heads, max_len + 1, width
-    empty = jnp.zeros(shape, memory_kv[0][0].dtype)
-    return encoded, [(empty, empty) for _ in memory_kv]
+    rows, length = src.shape[0] * beam_size, max_len + 1
+    tokens = jnp.full((rows, length), PAD_ID).at[:, 0].set(BOS_ID)
+    empty = jnp.zeros((rows, num_heads, length, width), memory_kv[0][0].dtype)
+    return encoded, tokens, [(empty, empty) for _ in memory_kv]
 
 
 def next_logits(model, params, encoded, tokens, position, cache):
     """Runs the decoder on the token at `position` alone; the cache stands for the rest.
 
     Args:
-      encoded: the pair from `start_decoding`.
-      tokens: int [B * W, L], the hypotheses so far, with PAD after `position`.
+      encoded: from `start_decoding`.
+      tokens: int32 [B * W, L], the hypotheses so far, with PAD after `position`.
       cache: a list of kv of length L, filled before `position`.
 
     Returns:
@@ -727,7 +731,7 @@ def greedy_decode(model, params, src, max_len):
     src int [B, S] -> int32 [B, max_len], without BOS, PAD after EOS. Where the model's
     logits are NaN, the tokens are -1.
     """
-    encoded, cache = start_decoding(model, params, src, max_len)
+    encoded, tokens, cache = start_decoding(model, params, src, max_len)
 
     def step(carry):
         position, tokens, cache = carry
@@ -738,7 +742,6 @@ def greedy_decode(model, params, src, max_len):
         token = jnp.where(has_ended(tokens), PAD_ID, token)
         return position + 1, tokens.at[:, position + 1].set(token), cache
 
-    tokens = jnp.full((src.shape[0], max_len + 1), PAD_ID).at[:, 0].set(BOS_ID)
     _, tokens, _ = jax.lax.while_loop(is_unfinished, step, (0, tokens, cache))
     return tokens[:, 1:]
 
@@ -792,7 +795,7 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 
     Where the model's logits are NaN, so are the scores, and the tokens are -1.
     """
-    encoded, cache = start_decoding(model, params, src, max_len, beam_size)
+    encoded, tokens, cache = start_decoding(model, params, src, max_len, beam_size)
     shape = src.shape[0], beam_size
     source = jnp.arange(shape[0])[:, None]  # 0 to B - 1, [B, 1]
 
@@ -810,8 +813,6 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
         tokens = tokens.at[:, position + 1].set(token.ravel())
         return position + 1, tokens, log_p, cache
 
-    num_rows = src.shape[0] * beam_size
-    tokens = jnp.full((num_rows, max_len + 1), PAD_ID).at[:, 0].set(BOS_ID)
     # All hypotheses start out alike. The first alone gets a probability that is not 0,
     # or the search would find the same target W times.
     log_p = jnp.full(shape, -jnp.inf).at[:, 0].set(0)
@@ -819,7 +820,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
-    # NaN is not lost on the way: top_k takes it for the highest number, and keeps it.
+    # NaN is not lost on the way: top_k takes it for the highest number, so that what
+    # has it displaces the other hypotheses of the source.
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
     order = jnp.argsort(-scores, axis=1)
     scores = jnp.take_along_axis(scores, order, axis=1)
@@ -885,7 +887,7 @@ class Tokenizer:
         # The words that have a pair. One that loses the pair again is not taken out.
         words_with = collections.defaultdict(set)
 
-        def count_pairs(word, times):
+        def count_pairs(word, times):  # Below 0, it takes back what was counted.
             for pair in itertools.pairwise(spelled[word]):
                 counts[pair] += times
                 words_with[pair].add(word)
@@ -900,9 +902,9 @@ class Tokenizer:
             pair = min(pair for pair, number in counts.items() if number == highest)
             both, token = "".join(pair), chr(FIRST_MERGE_ID + len(merges))
             # Only words that contain the pair change, and only they are counted anew.
-            for word in words_with.pop(pair):
+            for word in [*words_with[pair]]:
                 if both in spelled[word]:  # It may have lost the pair since.
-                    count_pairs(word, -words[word])  # takes back what was counted
+                    count_pairs(word, -words[word])
                     spelled[word] = spelled[word].replace(both, token)
                     count_pairs(word, words[word])
             merges.append(tuple(map(ord, pair)))
@@ -921,7 +923,9 @@ class Tokenizer:
         return tokens
 
     def decode(self, tokens):
-        """Tokens up to EOS -> str; bytes that are no UTF-8 become U+FFFD."""
+        """Tokens up to EOS -> str; bytes that are no UTF-8 become U+FFFD. It raises a
+        KeyError for a token outside the vocabulary.
+        """
         tokens = itertools.takewhile(lambda token: token != EOS_ID, tokens)
         text = b"".join(self.bytes_of[token] for token in tokens)
         return text.decode(errors="replace")
@@ -1223,6 +1227,7 @@ def show_attention(model, params, tokenizer, source, target):
         say(f"(Its attention is {len(header)} columns wide, and not drawn beyond 80.)")
         return
     src = np.array([[*source, EOS_ID]])
+    # An output of max_len tokens does not end, and its last token is no input.
     tgt = np.array([[BOS_ID, *target]])[:, : model.config.max_len]
     apply = jax.jit(model.apply, static_argnames="mutable")
     _, variables = apply({"params": params}, src, tgt, mutable="intermediates")
@@ -1530,8 +1535,9 @@ def train_for_a_minute(run, batches, num_steps, sharding):
     `sharding` says which rows of a batch each device gets. Returns the metrics of the
     last step, and the steps and target tokens done in a second.
 
-    By its own clock, one of several processes may begin a step more than another. It
-    waits in that step until the other begins it, too, in its next call.
+    Several processes look at clocks of their own. Where one returns after step 7, say,
+    and another begins step 8, the latter waits in it until the former, called again,
+    begins step 8 as well.
     """
     start, metrics, num_tokens = time.perf_counter(), None, 0
     for done, batch in enumerate(itertools.islice(batches, num_steps), 1):
@@ -1587,6 +1593,8 @@ def train(args):
     if args.batch_size % mesh.size:
         problem = f"cannot be shared out evenly among {mesh.size} devices"
         raise InputError(f"--batch-size {args.batch_size} {problem}")
+    # Of several processes, one may find what the first has saved just now, below. That
+    # is step 0 of the same run.
     if args.checkpoint and os.path.exists(args.checkpoint):
         run = resume(args, load_checkpoint(args.checkpoint))
     else:

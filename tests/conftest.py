@@ -1,5 +1,6 @@
 """What the tests share: the path to the module, a compilation cache, a tiny model."""
 
+import functools
 import os
 import sys
 import tempfile
@@ -20,7 +21,13 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import numpy as np
+import optax
 import pytest
+
+# Equal schedules and optimizers shall be one object: jit traces train_step and
+# eval_step again for another one.
+for _name in ("warmup_cosine_decay_schedule", "adam"):
+    setattr(optax, _name, functools.cache(getattr(optax, _name)))
 
 import transformer_model as tm
 

@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import LEARN, OPTIONS, ROOT, TINY, assert_refused, run, write_pairs
+from conftest import LEARN, ROOT, TINY, assert_refused, run, write_pairs
 
 import transformer_model as tm
 
@@ -27,14 +27,18 @@ def params_of(path):
     return jax.tree.leaves(tm.load_checkpoint(path).state["params"])
 
 
+def begin(*args, notes=None):
+    """The run that options ask for, with batches of one pair."""
+    args = tm.parse_arguments([*LEARN, "--batch-size", "1", *map(str, args)])
+    if notes is None:
+        return tm.begin(args)
+    kept = [tuple(pair) for pair in notes["valid_texts"]]
+    return tm.begin(args, kept, tm.Tokenizer(notes["merges"]))
+
+
 def data_of(*args, notes=None):
     """The (training pairs, validation pairs) of some options, as texts."""
-    args = tm.parse_arguments([*map(str, args), *LEARN[:-4], "--batch-size", "1"])
-    if notes is None:
-        run = tm.begin(args)
-    else:
-        kept = [tuple(pair) for pair in notes["valid_texts"]]
-        run = tm.begin(args, kept, tm.Tokenizer(notes["merges"]))
+    run = begin(*args, notes=notes)
     sets = run.train_pairs, run.valid_pairs
     return [[tuple(map(run.tokenizer.decode, pair)) for pair in some] for some in sets]
 
@@ -75,10 +79,10 @@ def test_demo_learns_to_reverse_and_shows_it_in_80_columns():
 def test_pairs_too_long_are_left_out_and_counted(capsys, tmp_path):
     pairs = [(n, n) for n in range(60)] + [("12345678", "1"), ("1", "12345678")]
     path = write_pairs(tmp_path / "pairs.tsv", pairs)
-    status, out, err = run(capsys, "--pairs", path, "--steps", 1, *LEARN)
-    assert status == 0
-    assert re.search(r"left out 2 of \d\d pairs, longer than --max-len 7 tokens", err)
-    assert re.search(r"of [56] exactly right", out)  # a tenth is held out
+    train, valid = data_of("--pairs", path)
+    err = capsys.readouterr().err
+    assert err == "left out 2 of 62 pairs, longer than --max-len 7 tokens\n"
+    assert len(train) + len(valid) == 60 and len(valid) in (5, 6)  # a tenth
 
 
 def test_label_smoothing_of_nought_is_not_the_default(capsys):
@@ -394,27 +398,30 @@ def test_attention_is_drawn_token_by_token_or_not_at_all(capsys):
     tokenizer = tm.Tokenizer.learn(["low lower"] * 2, vocab_size=262)
     size = tokenizer.vocab_size
     sizes = {"src_vocab_size": size, "tgt_vocab_size": size, "max_len": 64}
-    config = tm.dataclasses.replace(TINY, **sizes)
+    config = tm.dataclasses.replace(TINY, **sizes, num_layers=1)
     model = tm.Transformer(config)
-    params = tm.create_train_state(config, jax.random.key(0)).params
-    source, target = map(tokenizer.encode, ("low é", "b low"))
+    params = jax.jit(tm.init_params, static_argnums=0)(config, jax.random.key(0))
+    # A margin of 5, "low", 33 bytes of two columns each, and EOS: one more is too wide.
+    source, target = map(tokenizer.encode, ("low é" + 30 * "a", "b low"))
     tm.show_attention(model, params, tokenizer, source, target)
     lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) == 79
     start = next(i for i, line in enumerate(lines) if "EOS" in line)
-    assert lines[start].split() == ["low", "_", "?", "?", "EOS"]
+    assert lines[start].split() == ["low", "_", "?", "?", *30 * "a", "EOS"]
     assert [line.split()[0] for line in lines[start + 1 :]] == ["b", "_low", "EOS"]
-    # Two columns a token, a margin of six, and EOS: 35 letters are 79 columns wide.
-    for letters, is_drawn in ((35, True), (36, False)):
-        tm.show_attention(model, params, tokenizer, [99] * letters, target)
-        lines = capsys.readouterr().out.splitlines()
-        assert (len(lines) > 1) == is_drawn and max(map(len, lines)) <= 80
-    assert "not drawn" in lines[0]
+    tm.show_attention(model, params, tokenizer, source + source[-1:], target)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "not drawn" in line
 
 
-def test_options_of_the_model_reach_it(capsys, tmp_path, pairs_file):
-    path = tmp_path / "model.msgpack"
-    args = ["--pairs", pairs_file, "--checkpoint", path, "--steps", 1, *OPTIONS]
-    args += ["--post-norm", "--vocab-size", 263, "--batch-size", 16]
-    assert run(capsys, *args)[0] == 0
-    config = tm.load_checkpoint(path).config
-    assert (config.norm_first, config.src_vocab_size) == (False, 263)
+def test_options_of_the_model_reach_it(pairs_file):
+    args = ["--pairs", pairs_file, "--vocab-size", 263, "--dropout", 0.2]
+    config = begin(*args, "--post-norm", "--bf16").model.config
+    expected = {"src_vocab_size": 263, "tgt_vocab_size": 263, "dropout_rate": 0.2}
+    expected |= {"d_model": 16, "num_heads": 2, "num_layers": 1, "d_ff": 64}
+    expected |= {"max_len": 8, "norm_first": False, "dtype": "bfloat16"}
+    assert config == tm.TransformerConfig(**expected)
+    config = begin(*args).model.config
+    assert config == tm.TransformerConfig(
+        **{**expected, "norm_first": True, "dtype": "float32"}
+    )

@@ -267,7 +267,7 @@ def test_positional_encoding_has_a_row_for_each_position():
     np.testing.assert_array_equal(tm.positional_encoding(5, 16), encoding[:5])
 
 
-@pytest.mark.parametrize("tiny", [False], indirect=True, ids=["post-norm"])
+@pytest.mark.parametrize("tiny", [True], indirect=True, ids=["pre-norm"])
 def test_heads_of_the_model(tiny):
     apply, params, model = tiny
     logits = apply({"params": params}, SRC, TGT)
@@ -312,7 +312,9 @@ def test_shared_and_separate_embeddings():
 
 
 def test_initial_parameters():
-    config = dataclasses.replace(TINY, d_model=128, d_ff=256, share_embeddings=True)
+    config = dataclasses.replace(
+        TINY, num_layers=1, d_model=128, d_ff=256, share_embeddings=True
+    )
     init = jax.jit(tm.Transformer(config).init)
     params = init(jax.random.key(0), SRC, TGT)["params"]
     np.testing.assert_allclose(params["embedding"].std(), 128**-0.5, rtol=0.1)
@@ -439,26 +441,6 @@ def test_no_logit_depends_on_a_later_target_token(tiny):
         assert (difference[:, position:].max(axis=(1, 2)) > 1e-3).all()
 
 
-def test_gradient_of_a_logit_stops_at_its_position():
-    x = np.random.default_rng(0).standard_normal((1, 6, 16)).astype(np.float32)
-    decoder = tm.Decoder(TINY)
-    kv = [(jnp.ones((1, 4, 3, 4)), jnp.ones((1, 4, 3, 4)))] * 2
-    mask = tm.causal_mask(6)
-    variables, _ = initialized(decoder, x, mask, kv, None)
-
-    @jax.jit
-    def gradient(x, position):
-        def output_at(x):
-            output, _ = decoder.apply(variables, x, mask, kv, None)
-            return (output[0, position] ** 3).sum()
-
-        return jax.grad(output_at)(x)
-
-    for position in range(6):
-        reaches = jnp.abs(gradient(x, position)).max(axis=-1)[0] > 0
-        np.testing.assert_array_equal(reaches, np.arange(6) <= position)
-
-
 def test_padding_changes_no_real_position(tiny):
     apply, params, _ = tiny
     expected = apply({"params": params}, SRC[2:, :5], TGT[2:, :3])  # nothing padded
@@ -496,6 +478,7 @@ def test_position_matters(tiny):
     assert (jnp.abs(difference).max(axis=-1) > 1e-3).all()
 
 
+@pytest.mark.parametrize("tiny", [True], indirect=True, ids=["pre-norm"])
 def test_source_of_nothing_but_padding_is_finite(tiny):
     apply, params, _ = tiny
     src = SRC.copy()
@@ -513,7 +496,7 @@ def test_source_of_nothing_but_padding_is_finite(tiny):
 # ---- Dropout
 
 
-@pytest.mark.parametrize("tiny", [False], indirect=True, ids=["post-norm"])
+@pytest.mark.parametrize("tiny", [True], indirect=True, ids=["pre-norm"])
 def test_dropout_is_on_where_it_gets_a_key_and_differs_from_key_to_key(tiny):
     apply, params, _ = tiny
 

@@ -32,8 +32,8 @@ def test_program_runs_and_prints_what_the_readme_says(
         assert promised and printed == promised
 
 
-def test_there_are_four_programs():
-    assert len(PROGRAMS) == 4
+def test_there_are_three_programs():
+    assert len(PROGRAMS) == 3
 
 
 def test_sections_of_the_map_exist():

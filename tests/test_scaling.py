@@ -73,7 +73,8 @@ def final_loss(path, pairs):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Pairs of very unequal length, so that devices have unequal numbers of labels."""
+    """Pairs of very unequal length, so that devices have unequal numbers of labels. The
+    mean of their means would be off by 0.003 to 0.1 in each of the first steps."""
     path = tmp_path_factory.mktemp("scaling") / "pairs.tsv"
     rng = np.random.default_rng(0)
     words = tm.demo_pairs(300, 7, seed=0)
@@ -148,40 +149,6 @@ def test_processes_with_other_pairs_do_not_train_on_them(tmp_path):
         _, err = process.communicate(timeout=240)
         assert process.returncode == 2
         assert err == "error: the processes do not have the same pairs\n"
-
-
-def test_loss_is_the_mean_over_all_labels_not_of_the_devices_means():
-    """Four devices, of which one holds nearly all the labels."""
-    program = """
-import jax, numpy as np, transformer_model as tm
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-config = tm.TransformerConfig(
-    src_vocab_size=9, tgt_vocab_size=9, d_model=8, num_heads=2, num_layers=1, d_ff=16,
-    dropout_rate=0.0,
-)
-state = tm.create_train_state(config, jax.random.key(0))
-tgt = np.random.default_rng(0).integers(3, 9, (4, 9), dtype=np.int32)
-tgt[1:, 2:] = tm.PAD_ID
-batch = {"src": tgt, "tgt": tgt}
-whole = tm.eval_step(state, batch)
-means = [tm.eval_step(state, {"src": r[None], "tgt": r[None]})["loss"] for r in tgt]
-mesh = Mesh(jax.devices(), ("data",))
-assert mesh.size == 4
-state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-split = tm.train_step(state, batch, 0.0)[1]
-print(*map(float, (whole["loss"], split["loss"], np.mean(means))))
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**devices(4), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    whole, split, mean_of_means = map(float, done.stdout.split())
-    np.testing.assert_allclose(split, whole, atol=1e-6)
-    assert abs(mean_of_means - whole) > 1e-2
 
 
 def test_batch_that_does_not_divide_is_refused():
