@@ -85,7 +85,9 @@ class TransformerConfig:
     max_len: int = 512  # of a source and of a decoder input, in tokens
     norm_first: bool = False  # False: post-norm, the paper's; True: pre-norm
     share_embeddings: bool = True  # one matrix for source, target, output (section 3.4)
-    head: str = "logits"  # or "softmax": probabilities; "none": hidden states [B, T, D]
+    # What comes out: "logits", "softmax" (probabilities) or, to put a layer of your own
+    # on top, "none" (the decoder's hidden states, [B, T, D]).
+    head: str = "logits"
     dtype: str = "float32"  # or "bfloat16"; the parameters are float32 all the same
 
     def __post_init__(self):
@@ -704,7 +706,7 @@ def next_logits(model, params, encoded, tokens, position, cache):
     """
     last = tokens[:, position][:, None]  # [B * W, 1]
     # What comes after `position` is PAD, and this mask hides it. So no causal mask is
-    # needed. (A PAD that the model itself has chosen is hidden, too.)
+    # needed. (A PAD that the model itself has chosen is hidden, as in training.)
     self_mask = padding_mask(tokens)
     decode = partial(model.apply, {"params": params}, method="decode")
     logits, cache = decode(last, self_mask, *encoded, cache=cache, start=position)
@@ -837,8 +839,8 @@ WORD = re.compile(r" ?[^ ]+| ")
 
 
 def spell(word):
-    """The bytes of a word as tokens, each written as one character, chr(token). Two
-    tokens are then merged by str.replace.
+    """The bytes of a word as tokens, each written as one character, chr(token). So that
+    byte-pair encoding can merge two tokens by str.replace.
 
     >>> [ord(character) for character in spell("low")]
     [111, 114, 122]
@@ -1113,7 +1115,7 @@ def save_checkpoint(path, config, state, **notes):
 def restore(path, template, content):
     """Returns `content`, read from the checkpoint at `path`, as an object like
     `template`: a TrainState, or parameters. If names, shapes or types differ, it raises
-    an InputError. (For this check alone, a template from jax.eval_shape is enough.)
+    an InputError. (A template from jax.eval_shape is enough for this check.)
     """
 
     def describe(x):
@@ -1276,8 +1278,8 @@ def translate(args):
     longest = config.max_len - 1  # without EOS
     number, status = 0, 0
     for chunk in chunks_to_translate(args.translate):
-        # Lists of tokens. A faulty line counts as an empty one: its list is empty. Such
-        # lists are decoded like the others, but an empty line is printed.
+        # Lists of tokens. For a faulty line the list is empty. It is decoded, too, but
+        # an empty line is printed in place of the output.
         sources = []
         for line in chunk:
             number += 1
@@ -1375,7 +1377,7 @@ def make_config(args, vocab_size):
         d_ff=4 * args.d_model,
         dropout_rate=args.dropout,
         max_len=args.max_len + 1,  # of the text, and one for EOS or BOS
-        norm_first=not args.post_norm,
+        norm_first=not args.post_norm,  # Section 15 says why.
         dtype="bfloat16" if args.bf16 else "float32",
     )
 
@@ -1564,7 +1566,7 @@ def train_to_the_end(run, sharding):
     Let `every` be a twentieth of all steps, but at most 500. The first process reports
     at each multiple of it, at the last step, and after a minute without a report. At
     the multiples of 5 * `every`, it also measures the model on unseen pairs. Meanwhile,
-    the other processes wait for it in their next step.
+    the other processes wait for it in their next step. If it ends, so do they.
     """
     args, step, max_len = run.args, int(run.state.step), run.model.config.max_len
     batches = training_batches(
@@ -1704,8 +1706,8 @@ def make_parser():
 
 
 def split_texts(argv):
-    """Takes out the texts, as argparse would take one like "-2" for an option. They are
-    the words after --translate, up to the next that begins with two dashes.
+    """Takes out the texts: the words after --translate, up to the next that begins with
+    two dashes. If they stayed, argparse would take one like "-2" for an option.
 
     >>> split_texts(["--translate", "one", "-2", "--attention"])
     (['--translate', '--attention'], ['one', '-2'])
@@ -1825,4 +1827,8 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
+    status = main()
+    if status and jax.distributed.is_initialized():
+        # JAX would wait at the exit for other processes, which wait for this one.
+        os._exit(status)
+    sys.exit(status)

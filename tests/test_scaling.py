@@ -135,9 +135,21 @@ def test_same_losses_everywhere_and_checkpoints_go_from_one_to_another(data, tmp
         np.testing.assert_allclose(final_loss(files[kind], pairs), final, atol=1e-5)
 
 
+def test_process_that_fails_does_not_wait_for_the_others(data, tmp_path):
+    """The first alone finds that nothing can be saved. The second waits for it in the
+    first step, and JAX ends it then."""
+    args = ["--pairs", data[0], "--vocab-size", 259, "--checkpoint"]
+    first, second = start("2 x 2", *args, tmp_path / "no such folder" / "model")
+    _, err = first.communicate(timeout=60)
+    assert first.returncode == 2 and err.endswith(": No such file or directory\n")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    second.communicate(timeout=60)
+    assert second.returncode not in (0, None)
+
+
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 10),
-    reason="of older JAX's processes, the first waits minutes for those that end",
+    reason="of older JAX's processes only one notices, and ends the other by a signal",
 )
 def test_processes_with_other_pairs_do_not_train_on_them(tmp_path):
     folders = [tmp_path / "first", tmp_path / "second"]
