@@ -200,8 +200,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # With `where`, softmax gives zeros to masked keys even if all of them are masked.
-    # Scores of -inf, the paper's way, would give NaN in that case, in gradients too.
+    # With `where`, softmax ends by putting 0 where the mask is False, so that a query
+    # without any key gets zeros. Scores of -inf, the paper's way, would give it NaN.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -706,7 +706,7 @@ def next_logits(model, params, encoded, tokens, position, cache):
     """
     last = tokens[:, position][:, None]  # [B * W, 1]
     # What comes after `position` is PAD, and this mask hides it. So no causal mask is
-    # needed. (A PAD that the model itself has chosen is hidden, as in training.)
+    # needed. (A PAD that the model itself has chosen is hidden, as any is in training.)
     self_mask = padding_mask(tokens)
     decode = partial(model.apply, {"params": params}, method="decode")
     logits, cache = decode(last, self_mask, *encoded, cache=cache, start=position)
@@ -773,7 +773,7 @@ def best_continuations(log_p, ended, next_log_p):
     # A hypothesis that has ended has one continuation, PAD, which costs nothing.
     pad_alone = jnp.where(jnp.arange(vocab_size) == PAD_ID, 0, -jnp.inf)  # [V]
     total = log_p[:, None] + jnp.where(ended[:, None], pad_alone, next_log_p)  # [W, V]
-    # In a row, the continuation of hypothesis w by token v is number w V + v.
+    # In total.ravel(), hypothesis w continued by token v is number w V + v.
     log_p, number = jax.lax.top_k(total.ravel(), beam_size)
     return log_p, number // vocab_size, number % vocab_size
 
@@ -822,8 +822,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
-    # NaN is not lost on the way: top_k takes it for the highest number, so that what
-    # has it displaces the other hypotheses of the source.
+    # NaN is not lost on the way: top_k takes it for the highest number, so that
+    # continuations with NaN push out all others of a source.
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
     order = jnp.argsort(-scores, axis=1)
     scores = jnp.take_along_axis(scores, order, axis=1)
@@ -889,7 +889,7 @@ class Tokenizer:
         # The words that have a pair. One that loses the pair again is not taken out.
         words_with = collections.defaultdict(set)
 
-        def count_pairs(word, times):  # Below 0, it takes back what was counted.
+        def count_pairs(word, times):  # Negative times take a count back.
             for pair in itertools.pairwise(spelled[word]):
                 counts[pair] += times
                 words_with[pair].add(word)
@@ -958,8 +958,8 @@ def decode_line(line, where):
 def read_pairs(path):
     """A UTF-8 file of lines `source<TAB>target` -> list of (source, target), str.
 
-    An InputError names the file, the line and what is wrong with it, an OSError a file
-    that cannot be read.
+    A line that is no pair raises an InputError with file, line and reason. A file that
+    cannot be read raises an OSError.
     """
     with open(path, "rb") as file:
         content = file.read().removesuffix(b"\n")
@@ -1200,8 +1200,9 @@ def decode_all(model, params, sources, beam_size, short_len=32):
     widths = [width_of((source,), longest) for source in sources]
     for numbers, width in batches_by_width(widths, 64):
         src = pad([[*sources[i], EOS_ID] for i in numbers], width)
-        tokens = search(src, min(short_len, longest))
-        if not has_ended(tokens).all():
+        max_len = min(short_len, longest)
+        tokens = search(src, max_len)
+        if max_len < longest and not has_ended(tokens).all():
             tokens = search(src, longest)
         if (tokens < 0).any():
             raise RunError("the model is of no use: its logits are NaN")
@@ -1229,7 +1230,7 @@ def show_attention(model, params, tokenizer, source, target):
         say(f"(Its attention is {len(header)} columns wide, and not drawn beyond 80.)")
         return
     src = np.array([[*source, EOS_ID]])
-    # An output of max_len tokens does not end, and its last token is no input.
+    # An output of max_len tokens has no EOS, and the decoder never got its last token.
     tgt = np.array([[BOS_ID, *target]])[:, : model.config.max_len]
     apply = jax.jit(model.apply, static_argnames="mutable")
     _, variables = apply({"params": params}, src, tgt, mutable="intermediates")
@@ -1537,9 +1538,9 @@ def train_for_a_minute(run, batches, num_steps, sharding):
     `sharding` says which rows of a batch each device gets. Returns the metrics of the
     last step, and the steps and target tokens done in a second.
 
-    Several processes look at clocks of their own. Where one returns after step 7, say,
-    and another begins step 8, the latter waits in it until the former, called again,
-    begins step 8 as well.
+    The minute may be over after step 7 in one process and after step 8 in another. This
+    does no harm. A step needs all processes, so that the second waits within step 8
+    until the first, in its next call, begins it too.
     """
     start, metrics, num_tokens = time.perf_counter(), None, 0
     for done, batch in enumerate(itertools.islice(batches, num_steps), 1):
@@ -1566,7 +1567,7 @@ def train_to_the_end(run, sharding):
     Let `every` be a twentieth of all steps, but at most 500. The first process reports
     at each multiple of it, at the last step, and after a minute without a report. At
     the multiples of 5 * `every`, it also measures the model on unseen pairs. Meanwhile,
-    the other processes wait for it in their next step. If it ends, so do they.
+    the other processes wait for it in their next step. If it ends, JAX ends them.
     """
     args, step, max_len = run.args, int(run.state.step), run.model.config.max_len
     batches = training_batches(
@@ -1595,8 +1596,8 @@ def train(args):
     if args.batch_size % mesh.size:
         problem = f"cannot be shared out evenly among {mesh.size} devices"
         raise InputError(f"--batch-size {args.batch_size} {problem}")
-    # Of several processes, one may find what the first has saved just now, below. That
-    # is step 0 of the same run.
+    # All processes of a job have to see this file. A late one may find what the first
+    # has saved just now, in `else`: that is step 0, as in a new run.
     if args.checkpoint and os.path.exists(args.checkpoint):
         run = resume(args, load_checkpoint(args.checkpoint))
     else:
@@ -1741,7 +1742,7 @@ def parse_arguments(argv):
     }
     args = argparse.Namespace(**{"translate": None, **defaults, **given})
     if is_translation:
-        args.translate += texts  # to [], or to [text] after `--translate=text`
+        args.translate += texts  # argparse gave [], or [text] for --translate=text.
         if args.checkpoint is None:
             raise InputError("--translate needs --checkpoint FILE")
     elif not has_pairs and args.max_len < 4:
