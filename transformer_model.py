@@ -478,7 +478,7 @@ class Transformer(nn.Module):
             self.src_embedding = matrix("src_embedding", self.config.src_vocab_size)
             self.tgt_embedding = matrix("tgt_embedding", self.config.tgt_vocab_size)
             if self.config.head != "none":
-                xavier = nn.initializers.xavier_uniform()
+                xavier = nn.initializers.xavier_uniform()  # as in Dense
                 self.output = matrix("output", self.config.tgt_vocab_size, xavier)
         self.dropout = nn.Dropout(self.config.dropout_rate)
         self.encoder = Encoder(self.config)
@@ -839,7 +839,7 @@ WORD = re.compile(r" ?[^ ]+| ")
 
 
 def spell(word):
-    """The bytes of a word as tokens, each written as one character, chr(token). So that
+    """The bytes of a word as tokens, each written as one character, chr(token), so that
     byte-pair encoding can merge two tokens by str.replace.
 
     >>> [ord(character) for character in spell("low")]
@@ -1230,7 +1230,8 @@ def show_attention(model, params, tokenizer, source, target):
         say(f"(Its attention is {len(header)} columns wide, and not drawn beyond 80.)")
         return
     src = np.array([[*source, EOS_ID]])
-    # An output of max_len tokens has no EOS, and the decoder never got its last token.
+    # If an output has no EOS, it is max_len tokens long, and the decoder never got the
+    # last one. (The zip below then drops a name.)
     tgt = np.array([[BOS_ID, *target]])[:, : model.config.max_len]
     apply = jax.jit(model.apply, static_argnames="mutable")
     _, variables = apply({"params": params}, src, tgt, mutable="intermediates")

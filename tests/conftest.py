@@ -120,6 +120,13 @@ def write_pairs(path, pairs):
     return path
 
 
+@pytest.fixture
+def without_evaluation(monkeypatch):
+    """For tests of training and saving: half of what a run compiles is to measure it."""
+    monkeypatch.setattr(tm, "evaluate", lambda *_: 0.0)
+    monkeypatch.setattr(tm, "show_attention", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "pairs.tsv"

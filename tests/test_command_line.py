@@ -16,11 +16,10 @@ import transformer_model as tm
 SCRIPT = str(ROOT / "transformer_model.py")
 
 
-def command(*args, stdin=b""):
+def command(*args, **kwargs):
     """Runs the script in a process of its own."""
     call = [sys.executable, SCRIPT, *map(str, args)]
-    env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # as for a user
-    return subprocess.run(call, check=False, input=stdin, capture_output=True, env=env)
+    return subprocess.run(call, check=False, capture_output=True, **kwargs)
 
 
 def params_of(path):
@@ -47,7 +46,8 @@ def data_of(*args, notes=None):
 
 
 def test_demo_learns_to_reverse_and_shows_it_in_80_columns():
-    done = command()
+    env = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}  # as for a user
+    done = command(env=env)
     assert done.returncode == 0, done.stderr.decode()
     out, err = done.stdout.decode(), done.stderr.decode()
     assert all(len(line) <= 80 for line in (out + err).splitlines())
@@ -266,6 +266,7 @@ def test_steps_that_are_reached_leave_the_file_as_it_is(
     assert path.read_bytes() == checkpoint.read_bytes()
 
 
+@pytest.mark.usefixtures("without_evaluation")
 def test_more_steps_go_on_at_a_rate_that_is_told(
     capsys, checkpoint, pairs_file, tmp_path
 ):
@@ -345,7 +346,7 @@ def test_translation_of_lines(capsys, checkpoint):
     first, *texts = [b"abc", b"", b"12345678", b"caf\xe9", b"xyz\r", b"abc", b"last"]
     args = ["--checkpoint", checkpoint, "--translate"]
     # A byte order mark is no text.
-    done = command(*args, stdin=b"\n".join([b"\xef\xbb\xbf" + first, *texts]))
+    done = command(*args, input=b"\n".join([b"\xef\xbb\xbf" + first, *texts]))
     assert done.returncode == 2
     lines = done.stdout.decode().split("\n")
     assert len(lines) == 8 and lines[-1] == ""

@@ -64,6 +64,7 @@ sys.exit(tm.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.usefixtures("without_evaluation")
 def test_kill_while_saving_leaves_a_whole_checkpoint(capsys, tmp_path, pairs_file):
     path = tmp_path / "model.msgpack"
     args = ["--pairs", pairs_file, "--checkpoint", path, *TRAIN]
@@ -90,6 +91,7 @@ class Killed(BaseException):
     """Ends a run at once, as a kill would."""
 
 
+@pytest.mark.usefixtures("without_evaluation")
 def test_killed_runs_end_with_the_same_parameters(
     capsys, tmp_path, pairs_file, monkeypatch
 ):
@@ -205,17 +207,6 @@ def test_save_that_fails_ends_the_run(capsys, pairs_file, tmp_path, monkeypatch)
 def small_save(path, value=0):
     config = tm.TransformerConfig(src_vocab_size=9, tgt_vocab_size=9, d_model=8)
     tm.save_checkpoint(path, config, {"params": np.full(999, value)})
-
-
-def test_link_and_mode_of_the_file_stay(tmp_path):
-    file, link = tmp_path / "file", tmp_path / "link"
-    small_save(file)
-    file.chmod(0o600)
-    link.symlink_to(file)
-    before = file.read_bytes()
-    small_save(link, 1)
-    assert link.is_symlink() and file.stat().st_mode & 0o777 == 0o600
-    assert file.read_bytes() != before
 
 
 def test_ctrl_c_just_after_renaming_stays_one(tmp_path, monkeypatch):
@@ -345,6 +336,7 @@ def test_checkpoint_with_wrong_content(capsys, checkpoint, pairs_file, tmp_path,
 # ---- A model that is of no use
 
 
+@pytest.mark.usefixtures("without_evaluation")
 def test_loss_that_is_not_finite_stops_with_status_1(capsys, pairs_file, tmp_path):
     path = tmp_path / "model.msgpack"
     args = ["--pairs", pairs_file, "--checkpoint", path, *LEARN]
@@ -367,6 +359,7 @@ def test_translation_with_nan_is_one_line(capsys, checkpoint, tmp_path):
     assert_refused(run(capsys, *args), "NaN", status=1)
 
 
+@pytest.mark.usefixtures("without_evaluation")
 def test_diverged_model_does_not_replace_a_better_one(
     capsys, checkpoint, pairs_file, tmp_path
 ):
@@ -480,6 +473,7 @@ def test_other_streams_and_threads(checkpoint, monkeypatch):
     assert results == [2, 2]
 
 
+@pytest.mark.usefixtures("without_evaluation")
 def test_file_name_that_is_not_utf8(capsys, pairs_file, tmp_path):
     name = os.fsdecode(os.fsencode(tmp_path) + b"/no\xff")
     os.link(pairs_file, name)
