@@ -28,7 +28,7 @@ import signal
 
 if __name__ == "__main__":
     # JAX takes seconds to import. Meanwhile, Ctrl-C ends the process without a
-    # traceback. The last lines of this file turn it into KeyboardInterrupt again.
+    # traceback. The last lines of this file make it a KeyboardInterrupt for `main`.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -591,7 +591,7 @@ def paper_schedule(d_model, warmup_steps=4000):
 class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, optimizer and its state) with a random key."""
 
-    dropout_key: jax.Array  # as numbers, uint32 [2], because a key cannot be saved
+    dropout_key: jax.Array  # its jax.random.key_data, uint32 [2], which can be saved
 
 
 def init_params(config, key):
@@ -673,8 +673,8 @@ def start_decoding(model, params, src, max_len, beam_size=1):
       encoded: the pair (memory_kv, memory_mask), which the `Decoder` takes.
       tokens: int32 [B * W, L], where L is max_len + 1. BOS comes first, then PAD, which
         the search replaces.
-      cache: for the keys and values of the tokens, hence of length L, and empty. (The
-        last place stays empty, as the decoder never gets the last token.)
+      cache: empty, of length L, like the mask of the tokens. (The last place will stay
+        empty, as the decoder never gets the last token.)
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -738,7 +738,7 @@ def greedy_decode(model, params, src, max_len):
     def step(carry):
         position, tokens, cache = carry
         logits, cache = next_logits(model, params, encoded, tokens, position, cache)
-        # Like argmax, and faster. NaN counts as the highest logit.
+        # Like argmax, and faster on CPUs. NaN counts as the highest logit.
         highest, token = jax.lax.top_k(logits, 1)  # both [B, 1]
         token = jnp.where(jnp.isnan(highest), -1, token)[:, 0]
         token = jnp.where(has_ended(tokens), PAD_ID, token)
@@ -822,8 +822,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
-    # NaN is not lost on the way: top_k takes it for the highest number, so that
-    # continuations with NaN push out all others of a source.
+    # A NaN is not lost on the way: top_k takes it for the highest number, and whatever
+    # is added, it stays NaN.
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
     order = jnp.argsort(-scores, axis=1)
     scores = jnp.take_along_axis(scores, order, axis=1)
@@ -904,7 +904,7 @@ class Tokenizer:
             pair = min(pair for pair, number in counts.items() if number == highest)
             both, token = "".join(pair), chr(FIRST_MERGE_ID + len(merges))
             # Only words that contain the pair change, and only they are counted anew.
-            for word in [*words_with[pair]]:
+            for word in [*words_with[pair]]:  # a copy, as count_pairs adds to the sets
                 if both in spelled[word]:  # It may have lost the pair since.
                     count_pairs(word, -words[word])
                     spelled[word] = spelled[word].replace(both, token)
@@ -1018,7 +1018,7 @@ def width_of(lists, max_width):
     there are few: max_width, half of it, a quarter, and so on, rounded down, and none
     below 8.
 
-    >>> [width_of(x, max_width=33) for x in [([5], [5] * 20), ([5] * 8,), ([5],)]]
+    >>> [width_of(([5] * n,), max_width=33) for n in (20, 8, 1)]
     [33, 16, 8]
     """
     needed = max(len(tokens) + 1 for tokens in lists)
@@ -1121,7 +1121,7 @@ def restore(path, template, content):
     def describe(x):
         return getattr(x, "shape", None), getattr(x, "dtype", None)
 
-    there = jax.tree.map(describe, flax.serialization.to_state_dict(content))
+    there = jax.tree.map(describe, content)
     here = jax.tree.map(describe, flax.serialization.to_state_dict(template))
     if there != here:
         raise InputError(f"{path}: its content does not fit its configuration")
@@ -1231,11 +1231,11 @@ def show_attention(model, params, tokenizer, source, target):
         return
     src = np.array([[*source, EOS_ID]])
     # If an output has no EOS, it is max_len tokens long, and the decoder never got the
-    # last one. (The zip below then drops a name.)
+    # last one. (The zip below then drops the last name, EOS.)
     tgt = np.array([[BOS_ID, *target]])[:, : model.config.max_len]
     apply = jax.jit(model.apply, static_argnames="mutable")
     _, variables = apply({"params": params}, src, tgt, mutable="intermediates")
-    blocks = variables["intermediates"]["decoder"]
+    blocks = variables["intermediates"]["decoder"]  # All of its entries are blocks.
     last = blocks[f"blocks_{len(blocks) - 1}"]
     (weights,) = last["cross_attention"]["weights"]  # [1, H, T, S]
     shades = " .:-=+*#%@"
@@ -1413,7 +1413,7 @@ def begin(args, valid_texts=None, tokenizer=None):
         "valid_texts": [list(pair) for pair in valid_texts],
         "digest": hashlib.sha256(repr(train_pairs).encode()).hexdigest(),
         "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
-        "beats_guessing": False,  # see `report`
+        "beats_guessing": False,  # whether the saved model does, see `report`
     }
     model = Transformer(config)
     return Run(args, tokenizer, train_pairs, valid_pairs, model, state, notes)
@@ -1465,7 +1465,7 @@ def show_model(config, params, mesh):
 
 def evaluate(run, num_shown, file=None):
     """Prints the score on unseen pairs, and some of them; returns their loss."""
-    # This process evaluates alone, on one device, and the state may be on many.
+    # Only the first process comes here, with one device, and the state may be on many.
     state = run.state.replace(opt_state=())  # which is large, and not needed
     state = jax.device_put(jax.device_get(state), jax.local_devices()[0])
     pairs, losses, num_labels = run.valid_pairs, [], []
@@ -1533,19 +1533,18 @@ def report(run, metrics, steps_per_second, tokens_per_second):
     )
 
 
-def train_for_a_minute(run, batches, num_steps, sharding):
-    """Does `num_steps` steps, or fewer if a minute is over.
-
-    `sharding` says which rows of a batch each device gets. Returns the metrics of the
-    last step, and the steps and target tokens done in a second.
-
-    The minute may be over after step 7 in one process and after step 8 in another. This
-    does no harm. A step needs all processes, so that the second waits within step 8
-    until the first, in its next call, begins it too.
+def do_steps(run, sharding):
+    """Does the steps that are left. Yields, after each, its number, its metrics and the
+    number of its target tokens. `sharding` says which rows of a batch each device gets.
     """
-    start, metrics, num_tokens = time.perf_counter(), None, 0
-    for done, batch in enumerate(itertools.islice(batches, num_steps), 1):
-        num_tokens += (batch["tgt"][:, 1:] != PAD_ID).sum()
+    args, start, max_len = run.args, int(run.state.step), run.model.config.max_len
+    batches = training_batches(
+        run.train_pairs, max_len, args.batch_size, args.seed, start
+    )
+    metrics = None
+    for step in range(start + 1, args.steps + 1):
+        batch = next(batches)
+        num_tokens = (batch["tgt"][:, 1:] != PAD_ID).sum()
         # train_step returns at once, and the device works on while this loop makes the
         # next batch. But with two steps under way, processes on CPUs would block each
         # other. So this waits for the previous step.
@@ -1554,41 +1553,38 @@ def train_for_a_minute(run, batches, num_steps, sharding):
             batch = jax.device_put(batch, sharding)
         except AssertionError:  # JAX asserts that all processes pass the same batch.
             raise InputError("the processes do not have the same pairs") from None
-        run.state, metrics = train_step(run.state, batch, run.args.label_smoothing)
-        if time.perf_counter() - start > 60:
-            break
-    jax.block_until_ready(metrics)
-    seconds = time.perf_counter() - start
-    return metrics, done / seconds, num_tokens / seconds
+        run.state, metrics = train_step(run.state, batch, args.label_smoothing)
+        yield step, metrics, num_tokens
 
 
 def train_to_the_end(run, sharding):
-    """Does the steps that are left.
+    """Does the steps that are left, and reports on the way.
 
     Let `every` be a twentieth of all steps, but at most 500. The first process reports
     at each multiple of it, at the last step, and after a minute without a report. At
     the multiples of 5 * `every`, it also measures the model on unseen pairs. Meanwhile,
-    the other processes wait for it in their next step. If it ends, JAX ends them.
+    the other processes wait for it in their next step. If it fails, JAX ends them.
     """
-    args, step, max_len = run.args, int(run.state.step), run.model.config.max_len
-    batches = training_batches(
-        run.train_pairs, max_len, args.batch_size, args.seed, step
-    )
-    every = max(1, min(args.steps // 20, 500))
+    steps = run.args.steps
+    every = max(1, min(steps // 20, 500))
     last_unseen, last_seen, losses = np.inf, np.inf, []
-    while step < args.steps:
-        num_steps = min(every - step % every, args.steps - step)
-        metrics, *speeds = train_for_a_minute(run, batches, num_steps, sharding)
-        step = int(run.state.step)
-        if jax.process_index() != 0:
+    start, num_steps, num_tokens = time.perf_counter(), 0, 0  # since the last report
+    for step, metrics, tokens in do_steps(run, sharding):
+        num_steps, num_tokens = num_steps + 1, num_tokens + tokens
+        is_late = time.perf_counter() - start > 60
+        is_due = step % every == 0 or step == steps or is_late
+        if not is_due or jax.process_index() != 0:
             continue
-        report(run, metrics, *speeds)
+        jax.block_until_ready(metrics)
+        seconds = time.perf_counter() - start
+        report(run, metrics, num_steps / seconds, num_tokens / seconds)
         losses.append(float(metrics["loss"]))
-        if step % (5 * every) == 0 and step < args.steps:
+        if step % (5 * every) == 0 and step < steps:
             unseen, seen = evaluate(run, 3, sys.stderr), np.mean(losses)
             if unseen > last_unseen and seen < last_seen:
                 log("the loss on unseen pairs has risen, on training pairs fallen")
             last_unseen, last_seen, losses = unseen, seen, []
+        start, num_steps, num_tokens = time.perf_counter(), 0, 0
 
 
 def train(args):
@@ -1598,7 +1594,7 @@ def train(args):
         problem = f"cannot be shared out evenly among {mesh.size} devices"
         raise InputError(f"--batch-size {args.batch_size} {problem}")
     # All processes of a job have to see this file. A late one may find what the first
-    # has saved just now, in `else`: that is step 0, as in a new run.
+    # saves below. That is step 0, as no step is done without the late one.
     if args.checkpoint and os.path.exists(args.checkpoint):
         run = resume(args, load_checkpoint(args.checkpoint))
     else:
