@@ -27,8 +27,8 @@ attention is allowed. `kv` is a pair, the keys and the values, each [B, H, L, K]
 import signal
 
 if __name__ == "__main__":
-    # JAX takes seconds to import. Meanwhile, Ctrl-C ends the process without a
-    # traceback. The last lines of this file make it a KeyboardInterrupt for `main`.
+    # JAX takes seconds to import. Until the last lines of this file restore Python's
+    # handler, Ctrl-C ends the process at once, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -200,8 +200,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # With `where`, softmax ends by putting 0 where the mask is False, so that a query
-    # without any key gets zeros. Scores of -inf, the paper's way, would give it NaN.
+    # The argument `where` makes the weights 0 where the mask is False, for all keys, if
+    # need be. Scores of -inf, the paper's way, would then make them NaN.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -591,7 +591,7 @@ def paper_schedule(d_model, warmup_steps=4000):
 class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, optimizer and its state) with a random key."""
 
-    dropout_key: jax.Array  # its jax.random.key_data, uint32 [2], which can be saved
+    dropout_key: jax.Array  # raw data, uint32 [2]: can be saved and used like a key
 
 
 def init_params(config, key):
@@ -673,8 +673,8 @@ def start_decoding(model, params, src, max_len, beam_size=1):
       encoded: the pair (memory_kv, memory_mask), which the `Decoder` takes.
       tokens: int32 [B * W, L], where L is max_len + 1. BOS comes first, then PAD, which
         the search replaces.
-      cache: empty, of length L, like the mask of the tokens. (The last place will stay
-        empty, as the decoder never gets the last token.)
+      cache: empty, of length L. (The last place is never used, as the decoder never
+        gets the last token. But with it, the mask of the tokens fits.)
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -822,8 +822,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
-    # A NaN is not lost on the way: top_k takes it for the highest number, and whatever
-    # is added, it stays NaN.
+    # All continuations of a hypothesis with NaN are NaN, even if it has ended, and for
+    # top_k, NaN is the highest number. So a NaN is never dropped.
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
     order = jnp.argsort(-scores, axis=1)
     scores = jnp.take_along_axis(scores, order, axis=1)
@@ -886,13 +886,13 @@ class Tokenizer:
         words = collections.Counter(w for text in texts for w in WORD.findall(text))
         spelled = {word: spell(word) for word in words}
         counts = collections.Counter()  # how often each pair occurs in all texts
-        # The words that have a pair. One that loses the pair again is not taken out.
-        words_with = collections.defaultdict(set)
+        words_with = collections.defaultdict(set)  # pair -> words that have or had it
 
         def count_pairs(word, times):  # Negative times take a count back.
             for pair in itertools.pairwise(spelled[word]):
                 counts[pair] += times
-                words_with[pair].add(word)
+                if times > 0:
+                    words_with[pair].add(word)
 
         for word, times in words.items():
             count_pairs(word, times)
@@ -904,7 +904,7 @@ class Tokenizer:
             pair = min(pair for pair, number in counts.items() if number == highest)
             both, token = "".join(pair), chr(FIRST_MERGE_ID + len(merges))
             # Only words that contain the pair change, and only they are counted anew.
-            for word in [*words_with[pair]]:  # a copy, as count_pairs adds to the sets
+            for word in words_with[pair]:
                 if both in spelled[word]:  # It may have lost the pair since.
                     count_pairs(word, -words[word])
                     spelled[word] = spelled[word].replace(both, token)
@@ -1223,16 +1223,15 @@ def show_attention(model, params, tokenizer, source, target):
         return "".join(c if c.isprintable() else "?" for c in text)
 
     columns = [label(token) for token in [*source, EOS_ID]]
-    names = [label(token) for token in [*target, EOS_ID]]
+    labels = [*target, EOS_ID][: model.config.max_len]  # With max_len tokens, no EOS.
+    names = [label(token) for token in labels]
     margin = max(5, *map(len, names))
     header = " " * (margin + 1) + " ".join(columns)
     if len(header) > 80:
         say(f"(Its attention is {len(header)} columns wide, and not drawn beyond 80.)")
         return
     src = np.array([[*source, EOS_ID]])
-    # If an output has no EOS, it is max_len tokens long, and the decoder never got the
-    # last one. (The zip below then drops the last name, EOS.)
-    tgt = np.array([[BOS_ID, *target]])[:, : model.config.max_len]
+    tgt = np.array([[BOS_ID, *labels[:-1]]])
     apply = jax.jit(model.apply, static_argnames="mutable")
     _, variables = apply({"params": params}, src, tgt, mutable="intermediates")
     blocks = variables["intermediates"]["decoder"]  # All of its entries are blocks.
@@ -1379,7 +1378,7 @@ def make_config(args, vocab_size):
         d_ff=4 * args.d_model,
         dropout_rate=args.dropout,
         max_len=args.max_len + 1,  # of the text, and one for EOS or BOS
-        norm_first=not args.post_norm,  # Section 15 says why.
+        norm_first=not args.post_norm,  # Pre-norm bears a high rate, see section 15.
         dtype="bfloat16" if args.bf16 else "float32",
     )
 
@@ -1413,7 +1412,7 @@ def begin(args, valid_texts=None, tokenizer=None):
         "valid_texts": [list(pair) for pair in valid_texts],
         "digest": hashlib.sha256(repr(train_pairs).encode()).hexdigest(),
         "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
-        "beats_guessing": False,  # whether the saved model does, see `report`
+        "beats_guessing": False,  # whether the saved model's loss is at most ln V
     }
     model = Transformer(config)
     return Run(args, tokenizer, train_pairs, valid_pairs, model, state, notes)
@@ -1465,7 +1464,7 @@ def show_model(config, params, mesh):
 
 def evaluate(run, num_shown, file=None):
     """Prints the score on unseen pairs, and some of them; returns their loss."""
-    # Only the first process comes here, with one device, and the state may be on many.
+    # Only the first process evaluates. So the state has to come to one of its devices.
     state = run.state.replace(opt_state=())  # which is large, and not needed
     state = jax.device_put(jax.device_get(state), jax.local_devices()[0])
     pairs, losses, num_labels = run.valid_pairs, [], []
@@ -1508,8 +1507,9 @@ def saved_so_far(path):
 def report(run, metrics, steps_per_second, tokens_per_second):
     """Saves the run and prints a line of progress, with the metrics of the last step.
 
-    A loss or a parameter that is not finite raises a RunError. A model that is worse
-    than guessing is not saved over one that beats guessing, and the run goes on.
+    A loss or a parameter that is not finite raises a RunError. Training may diverge
+    without that, too, which must not cost a good model. So one that is worse than
+    guessing is not saved over one that beats guessing, and the run goes on.
     """
     step, steps = int(run.state.step), run.args.steps
     loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
@@ -1593,12 +1593,14 @@ def train(args):
     if args.batch_size % mesh.size:
         problem = f"cannot be shared out evenly among {mesh.size} devices"
         raise InputError(f"--batch-size {args.batch_size} {problem}")
-    # All processes of a job have to see this file. A late one may find what the first
-    # saves below. That is step 0, as no step is done without the late one.
-    if args.checkpoint and os.path.exists(args.checkpoint):
-        run = resume(args, load_checkpoint(args.checkpoint))
-    else:
-        run = begin(args)
+    # All processes of a job have to see this file.
+    is_new = not (args.checkpoint and os.path.exists(args.checkpoint))
+    run = begin(args) if is_new else resume(args, load_checkpoint(args.checkpoint))
+    # Every device gets the whole state, and its part of each batch. To train_step, the
+    # parts are one array: it takes the mean over the labels of all devices, and jit
+    # adds the communication which that needs.
+    run.state = jax.device_put(run.state, NamedSharding(mesh, PartitionSpec()))
+    if is_new:
         try:  # If nothing can be written there, that is to be known before training.
             save(run)
         except RunError as error:
@@ -1607,10 +1609,6 @@ def train(args):
     if run.state.step >= args.steps:
         has = f"{args.checkpoint} has {run.state.step} steps"
         log(f"{has}: --steps {args.steps} adds none")
-    # Every device gets the whole state, and its part of each batch. To train_step, the
-    # parts are one array: it takes the mean over the labels of all devices, and jit
-    # adds the communication which that needs.
-    run.state = jax.device_put(run.state, NamedSharding(mesh, PartitionSpec()))
     train_to_the_end(run, NamedSharding(mesh, PartitionSpec("data")))
     if jax.process_index() == 0:
         say()
@@ -1757,8 +1755,8 @@ def start_jax(is_distributed):
     try:
         if is_distributed:
             job = {k: int(os.environ[v]) for k, v in names.items() if v in os.environ}
-            # JAX has a service that keeps SIGTERM from ending a process. Older versions
-            # do not know the option that turns it off.
+            # SIGTERM may end a process at any time, but a service of JAX would keep it
+            # from that. Older versions do not know the option that turns it off.
             with contextlib.suppress(AttributeError):
                 jax.config.update("jax_enable_preemption_service", False)
             jax.distributed.initialize(**job)
@@ -1807,7 +1805,7 @@ def main(argv=None):
         return fail(1, error)
     except KeyboardInterrupt:
         if args.translate is not None:
-            return 130
+            return 130  # There is nothing that could be lost.
         return fail(130, f"interrupted{saved_so_far(args.checkpoint)}")
     except OSError as error:
         if isinstance(error, BrokenPipeError) and args.translate is not None:
