@@ -174,7 +174,7 @@ def positional_encoding(max_len, d_model):
 
 # ---- 4 Attention ---------------------------------------------------------------------
 
-# A product that goes into a softmax: summed up and returned in float32, even if its
+# For products that go into a softmax: it sums up and returns in float32, even if the
 # inputs are bfloat16.
 einsum_float32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -200,8 +200,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # The argument `where` makes the weights 0 where the mask is False, for all keys, if
-    # need be. Scores of -inf, the paper's way, would then make them NaN.
+    # The argument `where` makes the weights 0 where the mask is False, even if that is
+    # so for every key. There, scores of -inf, the paper's way, would give NaN.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -509,9 +509,9 @@ class Transformer(nn.Module):
         return [block.cross_attention.project_kv(memory) for block in blocks]
 
     def decode(self, tgt, self_mask, memory_kv, memory_mask, cache=None, start=0):
-        """Target tokens, int [B, T], the first at position `start` and the last below
-        max_len -> the logits for the tokens after them, float32 [B, T, V], and the
-        decoder's kv (see `Decoder`).
+        """Target tokens, int [B, T], at positions from `start` on, all below max_len ->
+        the logits for the tokens after them, float32 [B, T, V], and the decoder's kv
+        (see `Decoder`).
         """
         x = self.embed(self.tgt_embedding, tgt, start)
         x, kv = self.decoder(x, self_mask, memory_kv, memory_mask, cache, start)
@@ -673,8 +673,8 @@ def start_decoding(model, params, src, max_len, beam_size=1):
       encoded: the pair (memory_kv, memory_mask), which the `Decoder` takes.
       tokens: int32 [B * W, L], where L is max_len + 1. BOS comes first, then PAD, which
         the search replaces.
-      cache: empty, of length L. (The last place is never used, as the decoder never
-        gets the last token. But with it, the mask of the tokens fits.)
+      cache: empty, of length L. (Its last place is never used, as the decoder never
+        gets the last token. But the mask made of `tokens` has L places, too.)
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -706,7 +706,7 @@ def next_logits(model, params, encoded, tokens, position, cache):
     """
     last = tokens[:, position][:, None]  # [B * W, 1]
     # What comes after `position` is PAD, and this mask hides it. So no causal mask is
-    # needed. (A PAD that the model itself has chosen is hidden, as any is in training.)
+    # needed. (A PAD that the model itself has chosen is hidden, as in training.)
     self_mask = padding_mask(tokens)
     decode = partial(model.apply, {"params": params}, method="decode")
     logits, cache = decode(last, self_mask, *encoded, cache=cache, start=position)
@@ -822,8 +822,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
-    # All continuations of a hypothesis with NaN are NaN, even if it has ended, and for
-    # top_k, NaN is the highest number. So a NaN is never dropped.
+    # A NaN in log_p is never dropped: it stays NaN whatever is added, even if the
+    # hypothesis has ended, and top_k takes it for the highest number.
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
     order = jnp.argsort(-scores, axis=1)
     scores = jnp.take_along_axis(scores, order, axis=1)
@@ -904,6 +904,7 @@ class Tokenizer:
             pair = min(pair for pair, number in counts.items() if number == highest)
             both, token = "".join(pair), chr(FIRST_MERGE_ID + len(merges))
             # Only words that contain the pair change, and only they are counted anew.
+            # As all of them are in this set already, it does not grow meanwhile.
             for word in words_with[pair]:
                 if both in spelled[word]:  # It may have lost the pair since.
                     count_pairs(word, -words[word])
@@ -1217,14 +1218,14 @@ def show_attention(model, params, tokenizer, source, target):
     A row is what the decoder looked at to find the token that the row is named after.
     """
 
-    def label(token):
+    def name_of(token):
         text = "EOS" if token == EOS_ID else tokenizer.decode([token])
         text = text.replace(" ", "_").replace("\ufffd", "?")
         return "".join(c if c.isprintable() else "?" for c in text)
 
-    columns = [label(token) for token in [*source, EOS_ID]]
+    columns = [name_of(token) for token in [*source, EOS_ID]]
     labels = [*target, EOS_ID][: model.config.max_len]  # With max_len tokens, no EOS.
-    names = [label(token) for token in labels]
+    names = [name_of(token) for token in labels]
     margin = max(5, *map(len, names))
     header = " " * (margin + 1) + " ".join(columns)
     if len(header) > 80:
@@ -1507,9 +1508,9 @@ def saved_so_far(path):
 def report(run, metrics, steps_per_second, tokens_per_second):
     """Saves the run and prints a line of progress, with the metrics of the last step.
 
-    A loss or a parameter that is not finite raises a RunError. Training may diverge
-    without that, too, which must not cost a good model. So one that is worse than
-    guessing is not saved over one that beats guessing, and the run goes on.
+    A loss or a parameter that is not finite raises a RunError. Training may diverge and
+    stay finite, too, and a good model has to survive that. So a model that is worse
+    than guessing is not saved over one that beats guessing, and the run goes on.
     """
     step, steps = int(run.state.step), run.args.steps
     loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
@@ -1593,7 +1594,8 @@ def train(args):
     if args.batch_size % mesh.size:
         problem = f"cannot be shared out evenly among {mesh.size} devices"
         raise InputError(f"--batch-size {args.batch_size} {problem}")
-    # All processes of a job have to see this file.
+    # All processes of a job have to see this file. None of them finds what the first
+    # saves below, as device_put waits for all.
     is_new = not (args.checkpoint and os.path.exists(args.checkpoint))
     run = begin(args) if is_new else resume(args, load_checkpoint(args.checkpoint))
     # Every device gets the whole state, and its part of each batch. To train_step, the
@@ -1755,8 +1757,8 @@ def start_jax(is_distributed):
     try:
         if is_distributed:
             job = {k: int(os.environ[v]) for k, v in names.items() if v in os.environ}
-            # SIGTERM may end a process at any time, but a service of JAX would keep it
-            # from that. Older versions do not know the option that turns it off.
+            # SIGTERM is to end a process, which is safe at any time, but JAX would catch
+            # it. Older versions do not know the option that turns that off.
             with contextlib.suppress(AttributeError):
                 jax.config.update("jax_enable_preemption_service", False)
             jax.distributed.initialize(**job)
