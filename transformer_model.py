@@ -1757,8 +1757,8 @@ def start_jax(is_distributed):
     try:
         if is_distributed:
             job = {k: int(os.environ[v]) for k, v in names.items() if v in os.environ}
-            # SIGTERM is to end a process, which is safe at any time, but JAX would catch
-            # it. Older versions do not know the option that turns that off.
+            # SIGTERM is to end a process, which is always safe, but JAX would catch it.
+            # Older versions do not know the option that turns that off.
             with contextlib.suppress(AttributeError):
                 jax.config.update("jax_enable_preemption_service", False)
             jax.distributed.initialize(**job)
