@@ -441,6 +441,26 @@ def test_no_logit_depends_on_a_later_target_token(tiny):
         assert (difference[:, position:].max(axis=(1, 2)) > 1e-3).all()
 
 
+def test_gradient_of_a_logit_stops_at_its_position():
+    x = np.random.default_rng(0).standard_normal((1, 6, 16)).astype(np.float32)
+    decoder = tm.Decoder(dataclasses.replace(TINY, num_layers=1))
+    kv = [(jnp.ones((1, 4, 3, 4)), jnp.ones((1, 4, 3, 4)))]
+    mask = tm.causal_mask(6)
+    variables, _ = initialized(decoder, x, mask, kv, None)
+
+    @jax.jit
+    def gradient(x, position):
+        def output_at(x):
+            output, _ = decoder.apply(variables, x, mask, kv, None)
+            return (output[0, position] ** 3).sum()
+
+        return jax.grad(output_at)(x)
+
+    for position in range(6):
+        reaches = np.abs(gradient(x, position)).max(axis=-1)[0] > 0
+        np.testing.assert_array_equal(reaches, np.arange(6) <= position)
+
+
 def test_padding_changes_no_real_position(tiny):
     apply, params, _ = tiny
     expected = apply({"params": params}, SRC[2:, :5], TGT[2:, :3])  # nothing padded
