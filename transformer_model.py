@@ -27,8 +27,8 @@ attention is allowed. `kv` is a pair, the keys and the values, each [B, H, L, K]
 import signal
 
 if __name__ == "__main__":
-    # JAX takes seconds to import. Until the last lines of this file restore Python's
-    # handler, Ctrl-C ends the process at once, without a traceback.
+    # JAX takes seconds to import. Meanwhile, Ctrl-C ends the process at once, without a
+    # traceback. The last lines of this file restore Python's handler.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -174,8 +174,8 @@ def positional_encoding(max_len, d_model):
 
 # ---- 4 Attention ---------------------------------------------------------------------
 
-# For products that go into a softmax: it sums up and returns in float32, even if the
-# inputs are bfloat16.
+# An einsum that sums up and returns in float32, even if its inputs are bfloat16, for
+# products that go into a softmax.
 einsum_float32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
@@ -200,8 +200,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, True: may attend; got {mask.dtype}")
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # The argument `where` makes the weights 0 where the mask is False, even if that is
-    # so for every key. There, scores of -inf, the paper's way, would give NaN.
+    # The argument `where` makes the weights 0 where the mask is False, even in a row
+    # that is False throughout, for which the paper's scores of -inf would give NaN.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -591,7 +591,7 @@ def paper_schedule(d_model, warmup_steps=4000):
 class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, optimizer and its state) with a random key."""
 
-    dropout_key: jax.Array  # raw data, uint32 [2]: can be saved and used like a key
+    dropout_key: jax.Array  # jax.random.key_data: can be saved, and used like a key
 
 
 def init_params(config, key):
@@ -673,8 +673,8 @@ def start_decoding(model, params, src, max_len, beam_size=1):
       encoded: the pair (memory_kv, memory_mask), which the `Decoder` takes.
       tokens: int32 [B * W, L], where L is max_len + 1. BOS comes first, then PAD, which
         the search replaces.
-      cache: empty, of length L. (Its last place is never used, as the decoder never
-        gets the last token. But the mask made of `tokens` has L places, too.)
+      cache: empty, of length L, so that it fits the mask made of `tokens`. (Its last
+        place is never used, as the decoder never gets the last token.)
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -822,8 +822,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
-    # A NaN in log_p is never dropped: it stays NaN whatever is added, even if the
-    # hypothesis has ended, and top_k takes it for the highest number.
+    # All V continuations of a hypothesis with NaN are NaN, even if it has ended, and
+    # top_k prefers NaN. So NaN can only spread among the hypotheses of a source.
     tokens = jnp.where(jnp.isnan(scores)[..., None], -1, tokens)
     order = jnp.argsort(-scores, axis=1)
     scores = jnp.take_along_axis(scores, order, axis=1)
@@ -904,8 +904,7 @@ class Tokenizer:
             pair = min(pair for pair, number in counts.items() if number == highest)
             both, token = "".join(pair), chr(FIRST_MERGE_ID + len(merges))
             # Only words that contain the pair change, and only they are counted anew.
-            # As all of them are in this set already, it does not grow meanwhile.
-            for word in words_with[pair]:
+            for word in list(words_with[pair]):  # count_pairs writes to these sets.
                 if both in spelled[word]:  # It may have lost the pair since.
                     count_pairs(word, -words[word])
                     spelled[word] = spelled[word].replace(both, token)
@@ -1224,7 +1223,8 @@ def show_attention(model, params, tokenizer, source, target):
         return "".join(c if c.isprintable() else "?" for c in text)
 
     columns = [name_of(token) for token in [*source, EOS_ID]]
-    labels = [*target, EOS_ID][: model.config.max_len]  # With max_len tokens, no EOS.
+    # An output that was cut off at max_len has no EOS.
+    labels = [*target, EOS_ID][: model.config.max_len]
     names = [name_of(token) for token in labels]
     margin = max(5, *map(len, names))
     header = " " * (margin + 1) + " ".join(columns)
@@ -1413,7 +1413,7 @@ def begin(args, valid_texts=None, tokenizer=None):
         "valid_texts": [list(pair) for pair in valid_texts],
         "digest": hashlib.sha256(repr(train_pairs).encode()).hexdigest(),
         "merges": np.array(tokenizer.merges, np.int32).reshape(-1, 2),
-        "beats_guessing": False,  # whether the saved model's loss is at most ln V
+        "beats_guessing": False,  # whether the saved loss is at most ln V, see `report`
     }
     model = Transformer(config)
     return Run(args, tokenizer, train_pairs, valid_pairs, model, state, notes)
@@ -1564,7 +1564,7 @@ def train_to_the_end(run, sharding):
     Let `every` be a twentieth of all steps, but at most 500. The first process reports
     at each multiple of it, at the last step, and after a minute without a report. At
     the multiples of 5 * `every`, it also measures the model on unseen pairs. Meanwhile,
-    the other processes wait for it in their next step. If it fails, JAX ends them.
+    the others wait for it in their next step. If the first fails, JAX ends the others.
     """
     steps = run.args.steps
     every = max(1, min(steps // 20, 500))
@@ -1594,8 +1594,7 @@ def train(args):
     if args.batch_size % mesh.size:
         problem = f"cannot be shared out evenly among {mesh.size} devices"
         raise InputError(f"--batch-size {args.batch_size} {problem}")
-    # All processes of a job have to see this file. None of them finds what the first
-    # saves below, as device_put waits for all.
+    # All processes of a job have to see this file.
     is_new = not (args.checkpoint and os.path.exists(args.checkpoint))
     run = begin(args) if is_new else resume(args, load_checkpoint(args.checkpoint))
     # Every device gets the whole state, and its part of each batch. To train_step, the
@@ -1603,7 +1602,9 @@ def train(args):
     # adds the communication which that needs.
     run.state = jax.device_put(run.state, NamedSharding(mesh, PartitionSpec()))
     if is_new:
-        try:  # If nothing can be written there, that is to be known before training.
+        # If nothing can be written there, that is to be known before training. (By now
+        # all processes have looked for the file, as device_put has waited for them.)
+        try:
             save(run)
         except RunError as error:
             raise InputError(error) from None
