@@ -891,8 +891,7 @@ class Tokenizer:
         def count_pairs(word, times):  # Negative times take a count back.
             for pair in itertools.pairwise(spelled[word]):
                 counts[pair] += times
-                if times > 0:
-                    words_with[pair].add(word)
+                words_with[pair].add(word)
 
         for word, times in words.items():
             count_pairs(word, times)
