@@ -1087,15 +1087,12 @@ def load_checkpoint(path):
 # ---- 13 Translation ------------------------------------------------------------------
 
 
-def say(text="", file=None):
-    """Prints to stdout, or to `file`. Of several processes, only the first does."""
-    if jax.process_index() == 0:
-        print(text, file=file, flush=True)
-
-
 def log(text):
-    """Prints progress to stderr, where it does not mix with results."""
-    say(text, sys.stderr)
+    """Prints progress to stderr, where it does not mix with results. Of several
+    processes that train together, only the first does.
+    """
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def one_line(text):
@@ -1106,7 +1103,7 @@ def one_line(text):
 def decode_all(model, params, sources, beam_size):
     """Sources (lists of tokens), shorter than the model's `max_len` -> their outputs.
 
-    An output has at most 50 tokens more than its source, padded, has (section 6.1).
+    An output has at most 50 tokens more than its padded source (section 6.1).
     """
     longest = model.config.max_len
     outputs = [None] * len(sources)
@@ -1124,7 +1121,7 @@ def decode_all(model, params, sources, beam_size):
 
 
 def draw_attention(model, params, tokenizer, source, output):
-    """How an output attends to its source (both lists of tokens), as text.
+    """Draws how an output attends to its source (both lists of tokens), as text.
 
     A row is what the decoder looked at to find the token that the row is named after.
     """
@@ -1133,29 +1130,23 @@ def draw_attention(model, params, tokenizer, source, output):
         text = "EOS" if token == EOS_ID else tokenizer.decode([token])
         return "".join(c if c.isprintable() else "?" for c in text.replace(" ", "_"))
 
-    # As in training: the label of each position is the next token. An output of max_len
-    # tokens was cut off before its EOS.
+    # As in training, the label of a position is the next token. An output of max_len
+    # tokens has no EOS.
     src, longest = [*source, EOS_ID], model.config.max_len
     tgt, labels = [BOS_ID, *output][:longest], [*output, EOS_ID][:longest]
-    columns, names = ([name_of(token) for token in row] for row in (src, labels))
-    margin = max(5, *map(len, names))
-    header = " " * (margin + 1) + " ".join(columns)
-    if len(header) > 80:
-        return (
-            f"(Its attention is {len(header)} columns wide, and not drawn beyond 80.)"
-        )
     apply = jax.jit(model.apply, static_argnames="mutable")
     inputs = np.array([src]), np.array([tgt])
     _, variables = apply({"params": params}, *inputs, mutable="intermediates")
-    last = f"blocks_{model.config.num_layers - 1}"
-    block = variables["intermediates"]["decoder"][last]
+    block = variables["intermediates"]["decoder"][
+        f"blocks_{model.config.num_layers - 1}"
+    ]
     (weights,) = block["cross_attention"]["weights"]  # [1, H, T, S]
-    shades = " .:-=+*#%@"
+    columns, names = ([name_of(token) for token in row] for row in (src, labels))
+    margin, shades = max(map(len, names)), " .:-=+*#%@"
     lines = [
         "Cross-attention in the last block, the mean of its heads: source across,",
-        f"output down, shaded from none to all like this: {shades!r}",
-        "",
-        header,
+        f"output down, shaded from none to all like this: {shades!r}\n",
+        f"{'':>{margin}} {' '.join(columns)}",
     ]
     for name, row in zip(names, np.mean(weights, axis=(0, 1))):
         levels = np.minimum(row * len(shades), len(shades) - 1).astype(int)
@@ -1165,18 +1156,17 @@ def draw_attention(model, params, tokenizer, source, output):
 
 
 def chunks_of_lines(texts):
-    """Yields lists of lines, as bytes: not all may be UTF-8. Without `texts`, they come
-    from stdin; at a terminal each line is a list of its own, and has a prompt on
-    stderr before it.
+    """Yields lists of lines, as bytes: the texts or, without any, the lines of stdin. At
+    a terminal each line is a list of its own, and has a prompt on stderr before it.
     """
     if texts:
         yield [os.fsencode(text) for text in texts]
         return
-    lines, is_typed = sys.stdin.buffer, sys.stdin.isatty()
+    is_typed = sys.stdin.isatty()
     while True:
         if is_typed:
             print("> ", end="", file=sys.stderr, flush=True)
-        chunk = list(itertools.islice(lines, 1 if is_typed else 1024))
+        chunk = list(itertools.islice(sys.stdin.buffer, 1 if is_typed else 1024))
         if not chunk:
             return
         yield chunk
@@ -1186,7 +1176,7 @@ def translate(args):
     """Prints a line for each text: its translation, or an empty one if it has none.
 
     Returns the exit status, 2 if a line was too long. A line that is not UTF-8 raises an
-    InputError, after the lines before it were translated.
+    InputError, once the lines before it are translated.
     """
     config, tokenizer, state, _ = load_checkpoint(args.model)
     model, params = Transformer(config), jax.device_put(state["average"])
@@ -1208,9 +1198,10 @@ def translate(args):
         outputs = decode_all(model, params, sources, args.beam_size)
         for source, output in zip(sources, outputs):
             # For an empty source, whatever its output is, the line is empty.
-            say(one_line(tokenizer.decode(output)) if source else "")
+            text = one_line(tokenizer.decode(output)) if source else ""
+            print(text, flush=True)
             if source and args.attention:
-                say(draw_attention(model, params, tokenizer, source, output))
+                print(draw_attention(model, params, tokenizer, source, output))
         if fault:
             raise fault
     return status
@@ -1223,63 +1214,56 @@ class Run(NamedTuple):
     """What stays the same from the first step of a training run to the last."""
 
     args: argparse.Namespace  # the options of the command line (section 15)
-    config: TransformerConfig
+    model: Transformer
     tokenizer: Tokenizer
     train_pairs: list  # of pairs of lists of tokens
     valid_pairs: list  # the same, unseen in training, to measure on
+    batch_size: int
     notes: dict  # what is saved to recognise the run by, see `check_same_run`
 
 
 def choose_pairs(args):
-    """Returns two lists of pairs of texts: those to train on, and those to measure on.
-
-    No source is in both.
+    """Returns the pairs of texts to train on, and those to measure on. They have no
+    source in common.
     """
     if args.command == "demo":
         pairs = demo_pairs(40_512, args.seed)
         return pairs[512:], pairs[:512]
     pairs = read_pairs(args.pairs)
-    if args.valid:
-        valid = read_pairs(args.valid)
-    else:
-        valid = hold_out(pairs, 500, args.seed)
+    valid = read_pairs(args.valid) if args.valid else hold_out(pairs, 500, args.seed)
     sources = {source for source, _ in valid}
     return [pair for pair in pairs if pair[0] not in sources], valid
 
 
-def encode_pairs(path, purpose, pairs, tokenizer, max_len):
+def encode_pairs(path, pairs, tokenizer, max_len):
     """Pairs of texts -> pairs of lists of tokens, without those that are too long."""
     encoded = [tuple(map(tokenizer.encode, pair)) for pair in pairs]
-    # EOS counts, or BOS, as the decoder's input has one more token than a target.
-    short = [pair for pair in encoded if max(map(len, pair)) < max_len]
-    limit = f"--max-len {max_len} tokens, EOS included"
-    if num_long := len(pairs) - len(short):
-        log(f"{path}: {num_long:,} of {len(pairs):,} pairs are longer than {limit}")
+    short = [pair for pair in encoded if max(map(len, pair)) < max_len]  # EOS counts
+    limit = f"--max-len {max_len} tokens, with EOS"
+    if len(short) < len(pairs):
+        number = f"{len(pairs) - len(short):,} of {len(pairs):,} pairs"
+        log(f"{path}: left out {number}, longer than {limit}")
     if not short:
-        need = "a run needs two pairs with different sources, of at most"
-        raise InputError(f"{path}: no pair to {purpose}; {need} {limit}")
+        need = "one pair to train on and one, with another source, to measure on"
+        raise InputError(f"{path}: a run needs {need}, of at most {limit}")
     return short
 
 
 def set_up(args):
     """Returns the Run that the options ask for, and its state before the first step."""
-    train_texts, valid_texts = choose_pairs(args)
-    tokenizer = Tokenizer.learn(itertools.chain(*train_texts), args.vocab_size)
-    train_pairs = encode_pairs(
-        args.pairs, "train on", train_texts, tokenizer, args.max_len
-    )
-    valid_pairs = encode_pairs(
-        args.valid or args.pairs, "measure on", valid_texts, tokenizer, args.max_len
-    )
-    # Every device gets the same number of rows.
+    texts, valid_texts = choose_pairs(args)
+    tokenizer = Tokenizer.learn(itertools.chain(*texts), args.vocab_size)
+    train_pairs = encode_pairs(args.pairs, texts, tokenizer, args.max_len)
+    path = args.valid or args.pairs
+    valid_pairs = encode_pairs(path, valid_texts, tokenizer, args.max_len)
+    # Few pairs make a smaller batch. Each device gets as many of its rows as the others.
     num_devices = jax.device_count()
-    batch_size = min(args.batch_size, len(train_pairs)) // num_devices * num_devices
+    batch_size = min(args.batch_size, len(train_pairs))
+    batch_size -= batch_size % num_devices
     if batch_size == 0:
-        numbers = (
-            f"--batch-size {args.batch_size}, {len(train_pairs)} pairs to train on"
+        raise InputError(
+            f"{args.pairs}: a batch needs a pair for each of {num_devices} devices"
         )
-        raise InputError(f"{args.pairs}: {numbers}: too few for {num_devices} devices")
-    args = argparse.Namespace(**{**vars(args), "batch_size": batch_size})
     config = TransformerConfig(
         src_vocab_size=tokenizer.vocab_size,
         tgt_vocab_size=tokenizer.vocab_size,
@@ -1293,35 +1277,36 @@ def set_up(args):
     )
     optimizer = paper_optimizer(args.d_model, args.warmup)
     state = create_train_state(config, jax.random.key(args.seed), optimizer)
-    # Files may be renamed and devices change, and more steps may be wanted.
-    free = "command", "pairs", "model", "distributed", "steps"
+    may_differ = "command", "pairs", "model", "steps", "distributed"
+    numbers = f"{len(train_pairs)} to train on, {len(valid_pairs)} to measure on"
+    data = repr((train_pairs, valid_pairs, batch_size))
     notes = {
-        "options": {k: value for k, value in vars(args).items() if k not in free},
+        "options": {k: v for k, v in vars(args).items() if k not in may_differ},
         "steps": args.steps,
-        "num_pairs": [len(train_pairs), len(valid_pairs)],
-        "digest": hashlib.sha256(repr((train_pairs, valid_pairs)).encode()).hexdigest(),
+        "pairs": f"{numbers}, in batches of {batch_size}",
+        "digest": hashlib.sha256(data.encode()).hexdigest(),
     }
-    return Run(args, config, tokenizer, train_pairs, valid_pairs, notes), state
+    pairs = train_pairs, valid_pairs
+    return Run(args, Transformer(config), tokenizer, *pairs, batch_size, notes), state
 
 
 def check_same_run(run, checkpoint):
     """Raises an InputError unless the checkpoint is one of this very run."""
-    path, here, there = run.args.model, run.notes, checkpoint.notes
+    here, there = run.notes, checkpoint.notes
+    where = f"{run.args.model}: cannot continue"
     for name, value in here["options"].items():
-        if there["options"][name] != value:
-            difference = f"{there['options'][name]} there and {value} here"
-            raise InputError(f"{path}: cannot continue: {name} is {difference}")
+        if (old := there["options"][name]) != value:
+            raise InputError(f"{where}: {name} is {old} there and {value} here")
     if there["digest"] != here["digest"]:
-        sizes = ["{} and {}".format(*notes["num_pairs"]) for notes in (there, here)]
-        counts = f"{sizes[0]} to train and to measure on there, {sizes[1]} here"
-        raise InputError(f"{path}: cannot continue: not the same pairs: {counts}")
+        difference = f"there {there['pairs']}; here {here['pairs']}"
+        raise InputError(f"{where}: {run.args.pairs} has other pairs: {difference}")
 
 
 def require_finite(numbers, step):
-    """Raises a RunError if the numbers, in a tree, are not finite after this step."""
+    """Raises a RunError if a number in the tree `numbers` is not finite."""
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(numbers)):
         problem = f"after step {step} the loss or a parameter is not finite"
-        raise RunError(f"{problem}; the last checkpoint, if any, stays")
+        raise RunError(f"{problem}; a longer --warmup may help")
 
 
 def save(run, state):
@@ -1329,7 +1314,8 @@ def save(run, state):
     state = jax.device_get(state)
     require_finite(state.params, int(state.step))
     if run.args.model:
-        save_checkpoint(run.args.model, run.config, run.tokenizer, state, **run.notes)
+        config = run.model.config
+        save_checkpoint(run.args.model, config, run.tokenizer, state, **run.notes)
 
 
 def progress(step, steps, metrics, seconds_per_step):
@@ -1343,31 +1329,33 @@ def progress(step, steps, metrics, seconds_per_step):
     )
 
 
-def evaluate(run, state, beam_size, num_shown, file=None):
-    """Prints the score on unseen pairs, and some of them."""
+def evaluate(run, state, beam_size, num_shown, file):
+    """Prints to `file` the score on unseen pairs, and some of them."""
     # Only the first process evaluates, so the state has to come to one of its devices.
     state = jax.device_get(state.replace(params=(), opt_state=()))
     state = jax.device_put(state, jax.local_devices()[0])
     pairs, losses, num_labels = run.valid_pairs, [], []
-    widths = [width_of(pair, run.config.max_len) for pair in pairs]
+    widths = [width_of(pair, run.args.max_len) for pair in pairs]
     for numbers, width in batches_by_width(widths, batch_size=64):
         batch = to_batch([pairs[i] for i in numbers], width)
         losses.append(float(eval_step(state, batch)["loss"]))
         num_labels.append((batch["tgt"][:, 1:] != PAD_ID).sum())
     loss = np.average(losses, weights=num_labels)
     sources, decode = [source for source, _ in pairs], run.tokenizer.decode
-    outputs = decode_all(Transformer(run.config), state.average, sources, beam_size)
+    outputs = decode_all(run.model, state.average, sources, beam_size)
     rows = [(decode(s), decode(t), decode(o)) for (s, t), o in zip(pairs, outputs)]
     right = sum(target == output for _, target, output in rows)
     share = f"{right} of {len(rows)} exactly right ({right / len(rows):.1%})"
-    say(f"unseen pairs: loss {loss:.4f}, {share}", file)
+    print(f"unseen pairs: loss {loss:.4f}, {share}", file=file)
     for source, target, output in rows[:num_shown]:
         wrong = "" if output == target else f"   not {one_line(target)}"
-        say(f"  {one_line(source)} -> {one_line(output)}{wrong}", file)
+        print(
+            f"  {one_line(source)} -> {one_line(output)}{wrong}", file=file, flush=True
+        )
 
 
 def split_batch(batch, sharding):
-    """A batch, the same in every process -> its arrays split among all devices."""
+    """Splits a batch, which is the same in every process, among all devices."""
     return {
         name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
         for name, x in batch.items()
@@ -1377,31 +1365,31 @@ def split_batch(batch, sharding):
 def training_loop(run, state):
     """Does the steps that are left, and returns the state after the last of them.
 
-    A report is due 20 times in a run, but at least every 500 steps, and once a minute.
-    Every fifth of the former also measures the model. All processes do the same steps,
-    and the first alone reports; meanwhile, the others wait for it in their next step.
+    There are 20 reports in a run, but one every 500 steps and every minute at least.
+    Every fifth of the 20 also measures the model. If several processes train together,
+    the first alone reports; meanwhile the others wait for it in their next step.
     """
     args, start = run.args, int(state.step)
     every = max(1, min(args.steps // 20, 500))
-    mesh = Mesh(jax.devices(), ("data",))
     # Every device gets the whole state, and its part of each batch. To train_step, the
     # parts are one array: it takes the mean over the labels of all devices, and jit
     # adds the communication which that needs.
+    mesh = Mesh(jax.devices(), ("data",))
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     by_row = NamedSharding(mesh, PartitionSpec("data"))
     batches = training_batches(
-        run.train_pairs, run.config.max_len, args.batch_size, args.seed, start
+        run.train_pairs, args.max_len, run.batch_size, args.seed, start
     )
     last_step, last_time = start, time.perf_counter()  # of the last report
     for step in range(start + 1, args.steps + 1):
         batch = split_batch(next(batches), by_row)
         state, metrics = train_step(state, batch, args.label_smoothing)
         require_finite(metrics, step)
-        if step == start + 1:  # The time of the first step is that of compilation.
+        if step == start + 1:  # Most of its time was compilation, which is not counted.
             last_step, last_time = step, time.perf_counter()
         seconds = time.perf_counter() - last_time
-        is_due = step % every == 0 or step == args.steps
-        if jax.process_index() == 0 and (is_due or seconds > 60):
+        is_due = step % every == 0 or step == args.steps or seconds > 60
+        if is_due and jax.process_index() == 0:
             save(run, state)
             per_step = seconds / max(1, step - last_step)
             log(progress(step, args.steps, metrics, per_step))
@@ -1421,29 +1409,21 @@ def train(args, checkpoint=None):
         check_same_run(run, checkpoint)
         state = flax.serialization.from_state_dict(state, checkpoint.state)
         log(f"{args.model}: goes on after step {state.step}")
-    sizes = (
-        f"{len(run.train_pairs):,} to train on, {len(run.valid_pairs)} to measure on"
+    size = (
+        f"{optax.tree.size(state.params):,} parameters on {jax.device_count()} devices"
     )
-    log(f"{sizes}, in batches of {run.args.batch_size}")
-    log(f"{optax.tree.size(state.params):,} parameters on {jax.device_count()} devices")
+    log(f"pairs: {run.notes['pairs']}; {size}")
     if state.step < args.steps and jax.process_index() == 0:
-        # What cannot be written is to be known before training.
-        try:
+        try:  # What cannot be written is to be known before training.
             save(run, state)
         except OSError as error:
             raise InputError(f"{args.model}: {error.strerror}") from None
     state = training_loop(run, state)
     if jax.process_index() == 0:
-        say()
-        evaluate(run, state, beam_size=4, num_shown=6)
-        source, target = run.valid_pairs[0]
-        params = jax.device_get(state.average)
-        say()
-        say(
-            draw_attention(
-                Transformer(run.config), params, run.tokenizer, source, target
-            )
-        )
+        print()
+        evaluate(run, state, beam_size=4, num_shown=6, file=sys.stdout)
+        params, example = jax.device_get(state.average), run.valid_pairs[0]
+        print("\n" + draw_attention(run.model, params, run.tokenizer, *example))
     return 0
 
 
@@ -1463,88 +1443,65 @@ def number(kind, least, most):
     return parse
 
 
-def add_training_options(parser, **defaults):
-    """Adds the options of both `demo` and `train`, with these defaults."""
+def add_option(parser, flag, kind, default, text):
+    """Adds an option that takes a number."""
+    text = f"{text} (default: %(default)s)"
+    parser.add_argument(flag, type=kind, default=default, metavar="N", help=text)
+
+
+def add_training_options(parser, steps, batch_size, warmup, d_model, num_layers):
+    """Adds the options that `demo` and `train` share, with these defaults."""
     count, share = number(int, 1, 10**9), number(float, 0, 1)
-    for name, kind, text in [
-        ("steps", count, "training steps in all"),
-        ("batch_size", count, "pairs in a step, on all devices together"),
-        ("warmup", count, "steps in which the learning rate rises (Eq. 3)"),
-        ("dropout", share, "dropout rate (5.4)"),
-        ("label_smoothing", share, "label smoothing (5.4)"),
-        ("seed", number(int, 0, 2**32 - 1), "of all that is random"),
-        ("d_model", count, "width; d_ff, the inner width, is 4 times that"),
-        ("num_heads", count, "attention heads"),
-        ("num_layers", count, "blocks in each stack"),
-    ]:
-        flag, text = "--" + name.replace("_", "-"), f"{text} (default: %(default)s)"
-        metavar = kind.__name__.upper()
-        parser.add_argument(flag, type=kind, metavar=metavar, help=text)
+    seed = number(int, 0, 2**32 - 1)
+    add = partial(add_option, parser)
+    add("--steps", count, steps, "training steps in all")
+    add("--batch-size", count, batch_size, "pairs in a step, on all devices together")
+    add("--warmup", count, warmup, "steps in which the learning rate rises (Eq. 3)")
+    add("--dropout", share, 0.1, "dropout rate (section 5.4)")
+    add("--label-smoothing", share, 0.1, "label smoothing (section 5.4)")
+    add("--seed", seed, 0, "of all that is random")
+    add("--d-model", count, d_model, "width; the inner width d_ff is 4 times that")
+    add("--num-heads", count, 4, "attention heads")
+    add("--num-layers", count, num_layers, "blocks in each stack")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     text = "join a job of several processes"
     parser.add_argument("--distributed", action="store_true", help=text)
-    parser.set_defaults(**defaults)
 
 
 def make_parser():
     """Returns the parser of the command line, and that of its command `train`."""
-    description = "The Transformer of the paper. Without a command, the demo."
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        description="The Transformer, as in the paper. Without a command, the demo."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     demo = commands.add_parser("demo", help="learn to reverse words, and show it")
-    add_training_options(
-        demo,
-        steps=1000,
-        batch_size=64,
-        warmup=200,
-        dropout=0.1,
-        label_smoothing=0.1,
-        seed=0,
-        d_model=64,
-        num_heads=4,
-        num_layers=1,
-    )
+    add_training_options(demo, 1000, 64, warmup=200, d_model=64, num_layers=1)
     demo.set_defaults(pairs="demo", model=None, valid=None, max_len=13, vocab_size=259)
 
-    text = "learn from a file of pairs"
-    train = commands.add_parser("train", help=text, description=text)
+    train = commands.add_parser("train", help="learn from a file of pairs")
     train.add_argument("pairs", metavar="PAIRS", help="lines of source<TAB>target")
     text = "where the model is saved; if it is there, the run that saved it goes on"
     train.add_argument("model", metavar="MODEL", help=text)
-    text = "measure on these pairs, not on some of PAIRS"
+    text = "measure on these pairs, not on a tenth of PAIRS (at most 500)"
     train.add_argument("--valid", metavar="FILE", help=text)
-    add_training_options(
-        train,
-        steps=11000,
-        batch_size=128,
-        warmup=1000,
-        dropout=0.1,
-        label_smoothing=0.1,
-        seed=0,
-        d_model=128,
-        num_heads=4,
-        num_layers=2,
-    )
-    text = "longest source and target in tokens, EOS included (default: %(default)s)"
-    train.add_argument("--max-len", type=int, default=128, metavar="INT", help=text)
-    text = "number of tokens, subwords among them; 259 is bytes (default: %(default)s)"
-    train.add_argument("--vocab-size", type=int, default=500, metavar="INT", help=text)
+    add_training_options(train, 11_000, 128, warmup=1000, d_model=128, num_layers=2)
+    text = "longest source and target in tokens, with EOS"
+    add_option(train, "--max-len", int, 128, text)
+    text = "size of the vocabulary of subwords; 259 is bytes"
+    add_option(train, "--vocab-size", int, 500, text)
 
-    text = "translate texts, a line each"
-    epilog = "Options come before MODEL or last; a TEXT that begins with - after --."
     translate = commands.add_parser(
-        "translate", help=text, description=text, epilog=epilog
+        "translate",
+        help="translate texts",
+        epilog="Options come first or last; a TEXT that begins with - comes after --.",
     )
     translate.add_argument("model", metavar="MODEL", help="what `train` has saved")
-    text = "without any, the lines of stdin"
+    text = "without any, each line of stdin is one"
     translate.add_argument("texts", nargs="*", metavar="TEXT", help=text)
-    text = "hypotheses of the search; 1 is greedy (default: %(default)s)"
-    count = number(int, 1, 1000)
-    translate.add_argument(
-        "--beam-size", type=count, default=4, metavar="INT", help=text
-    )
-    text = "draw what the output attended to"
+    text = "hypotheses of the search; 1 is greedy"
+    add_option(translate, "--beam-size", number(int, 1, 1000), 4, text)
+    text = "draw what each output attended to"
     translate.add_argument("--attention", action="store_true", help=text)
     return parser, train
 
@@ -1560,36 +1517,40 @@ def join_job():
     jax.distributed.initialize(**job)
 
 
+def run_command(argv):
+    """Parses the command line and does what it says; returns the exit status."""
+    parser, train_parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.command == "translate":
+        return translate(args)
+    if args.distributed:
+        join_job()
+    if args.command == "demo" or not os.path.exists(args.model):
+        return train(args)
+    checkpoint = load_checkpoint(args.model)
+    notes = checkpoint.notes
+    if "options" not in notes:
+        raise InputError(f"{args.model}: not saved by the command train")
+    # Options that are not given are those of the checkpoint.
+    train_parser.set_defaults(**notes["options"], steps=notes["steps"])
+    return train(parser.parse_args(argv), checkpoint)
+
+
 def main(argv=None):
-    """Runs the command line and returns the exit status.
+    """Runs the command line, by default the process's own; returns the exit status.
 
     0 done; 2 a mistake on the command line or in a file; 130 Ctrl-C; 1 anything else.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser, train_parser = make_parser()
-    checkpoint = None
     try:
-        args = parser.parse_args(argv or ["demo"])
-        if args.command == "translate":
-            return translate(args)
-        if args.model and os.path.exists(args.model):
-            # What is not given is as it was.
-            checkpoint = load_checkpoint(args.model)
-            notes = checkpoint.notes
-            if "options" not in notes:
-                raise InputError(f"{args.model}: not saved by `train`")
-            train_parser.set_defaults(**notes["options"], steps=notes["steps"])
-            args = parser.parse_args(argv)
-        if args.distributed:
-            join_job()
-        return train(args, checkpoint)
-    except SystemExit as error:  # argparse ends so, after an error or --help.
+        return run_command(argv or ["demo"])
+    except SystemExit as error:  # argparse ends so, after a mistake and after --help.
         return error.code
     except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except BrokenPipeError:
-        if args.command != "translate":
+        if argv[0] != "translate":
             raise
         # `... | head` has read enough. At its exit Python would try to print the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1607,7 +1568,7 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8")  # wherever it goes, on every system
     try:
         status = main()
-    except Exception:
+    except Exception:  # noqa: BLE001
         traceback.print_exc()
         status = 1
     if status and jax.distributed.is_initialized():
