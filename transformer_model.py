@@ -1284,7 +1284,7 @@ def set_up(args):
         "options": {k: v for k, v in vars(args).items() if k not in may_differ},
         "steps": args.steps,
         "pairs": f"{numbers}, in batches of {batch_size}",
-        "digest": hashlib.sha256(data.encode()).hexdigest(),
+        "digest": hashlib.sha256(data.encode()).digest(),
     }
     pairs = train_pairs, valid_pairs
     return Run(args, Transformer(config), tokenizer, *pairs, batch_size, notes), state
@@ -1375,7 +1375,11 @@ def training_loop(run, state):
     # parts are one array: it takes the mean over the labels of all devices, and jit
     # adds the communication which that needs.
     mesh = Mesh(jax.devices(), ("data",))
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    # JAX raises an AssertionError here unless all processes put the same: with the
+    # state goes the digest of the pairs, which have to be the same, too.
+    digest = np.frombuffer(run.notes["digest"], np.uint8)
+    state, _ = jax.device_put((state, digest), everywhere)
     by_row = NamedSharding(mesh, PartitionSpec("data"))
     batches = training_batches(
         run.train_pairs, args.max_len, run.batch_size, args.seed, start
@@ -1517,33 +1521,29 @@ def join_job():
     jax.distributed.initialize(**job)
 
 
-def run_command(argv):
-    """Parses the command line and does what it says; returns the exit status."""
-    parser, train_parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.command == "translate":
-        return translate(args)
-    if args.distributed:
-        join_job()
-    if args.command == "demo" or not os.path.exists(args.model):
-        return train(args)
-    checkpoint = load_checkpoint(args.model)
-    notes = checkpoint.notes
-    if "options" not in notes:
-        raise InputError(f"{args.model}: not saved by the command train")
-    # Options that are not given are those of the checkpoint.
-    train_parser.set_defaults(**notes["options"], steps=notes["steps"])
-    return train(parser.parse_args(argv), checkpoint)
-
-
 def main(argv=None):
     """Runs the command line, by default the process's own; returns the exit status.
 
     0 done; 2 a mistake on the command line or in a file; 130 Ctrl-C; 1 anything else.
     """
     argv = sys.argv[1:] if argv is None else argv
+    parser, train_parser = make_parser()
     try:
-        return run_command(argv or ["demo"])
+        args = parser.parse_args(argv or ["demo"])
+        if args.command == "translate":
+            return translate(args)
+        if args.distributed:
+            join_job()
+        checkpoint = None
+        if args.model and os.path.exists(args.model):
+            checkpoint = load_checkpoint(args.model)
+            notes = checkpoint.notes
+            if "options" not in notes:
+                raise InputError(f"{args.model}: not saved by the command train")
+            # Options that are not given are those of the checkpoint.
+            train_parser.set_defaults(**notes["options"], steps=notes["steps"])
+            args = parser.parse_args(argv)
+        return train(args, checkpoint)
     except SystemExit as error:  # argparse ends so, after a mistake and after --help.
         return error.code
     except (InputError, RunError) as error:
