@@ -179,8 +179,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
       attend to nothing, as when all tokens are PAD, gets zeros in both.
     """
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # The argument `where` makes the weights 0 where the mask is False, even in a row
-    # that is False throughout, for which the paper's scores of -inf would give NaN.
+    # softmax returns 0 wherever `where` is False, even in a row that is False throughout.
+    # There the paper's scores of -inf would give 0 / 0.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -533,7 +533,8 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
     """
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    if label_smoothing > 0:  # Without it, a logit of -inf is allowed: 0 inf is NaN.
+    if label_smoothing > 0:  # Without, a logit may be -inf, and 0 times inf is NaN.
+        # The mean over the classes v of -log p(v), which is logsumexp(logits) - logit v.
         of_all = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)
         losses = (1 - label_smoothing) * losses + label_smoothing * of_all
     # optax would count a negative label from the end.
@@ -594,7 +595,7 @@ def create_train_state(config, key, optimizer=None):
         params=params,
         tx=optimizer,
         opt_state=optimizer.init(params),
-        average=jax.tree.map(jnp.copy, params),
+        average=jax.tree.map(jnp.copy, params),  # train_step uses up both
         dropout_key=jax.random.key_data(dropout_key),
     )
 
@@ -856,12 +857,10 @@ class Tokenizer:
         times = collections.Counter(w for text in texts for w in WORD.findall(text))
         spelled = {word: spell(word) for word in times}
         counts = collections.Counter()  # how often each pair occurs in all texts
-        words_with = collections.defaultdict(set)  # pair -> words that have or had it
 
         def count_pairs(word, sign):
-            for pair in map("".join, itertools.pairwise(spelled[word])):
+            for pair in itertools.pairwise(spelled[word]):
                 counts[pair] += sign * times[word]
-                words_with[pair].add(word)
 
         for word in times:
             count_pairs(word, +1)
@@ -871,13 +870,14 @@ class Tokenizer:
             if highest < 2:
                 break
             pair = min(pair for pair, count in counts.items() if count == highest)
-            token = chr(FIRST_MERGE_ID + len(merges))
+            both, token = "".join(pair), chr(FIRST_MERGE_ID + len(merges))
             # The words that have the pair are taken out of the counts, spelled with the
-            # new token, and counted again. (In a word that had it, nothing changes.)
-            for word in words_with.pop(pair):
-                count_pairs(word, -1)
-                spelled[word] = spelled[word].replace(pair, token)
-                count_pairs(word, +1)
+            # new token, and counted again. To count all words again would be slow.
+            for word, spelling in spelled.items():
+                if both in spelling:
+                    count_pairs(word, -1)
+                    spelled[word] = spelling.replace(both, token)
+                    count_pairs(word, +1)
             merges.append(tuple(map(ord, pair)))
         return cls(merges)
 
@@ -1049,7 +1049,7 @@ def save_checkpoint(path, config, tokenizer, state, **notes):
     """Writes all it takes to use a model, or to train it further, into one file.
 
     An old checkpoint at `path` stays there until the new one is complete. `notes` are
-    numbers, strings, None, and lists and dicts of them.
+    numbers, strings, bytes, None, and lists and dicts of them.
     """
     content = {
         "config": dataclasses.asdict(config),
@@ -1231,8 +1231,8 @@ def choose_pairs(args):
         return pairs[512:], pairs[:512]
     pairs = read_pairs(args.pairs)
     valid = read_pairs(args.valid) if args.valid else hold_out(pairs, 500, args.seed)
-    sources = {source for source, _ in valid}
-    return [pair for pair in pairs if pair[0] not in sources], valid
+    unseen = {source for source, _ in valid}
+    return [pair for pair in pairs if pair[0] not in unseen], valid
 
 
 def encode_pairs(path, pairs, tokenizer, max_len):
@@ -1312,6 +1312,7 @@ def require_finite(numbers, step):
 def save(run, state):
     """Saves a checkpoint, if the options name one."""
     state = jax.device_get(state)
+    # The step may have had a finite loss, and have broken the parameters all the same.
     require_finite(state.params, int(state.step))
     if run.args.model:
         config = run.model.config
@@ -1388,8 +1389,9 @@ def training_loop(run, state):
     for step in range(start + 1, args.steps + 1):
         batch = split_batch(next(batches), by_row)
         state, metrics = train_step(state, batch, args.label_smoothing)
+        # This waits for the step. All processes look at its loss, and so end together.
         require_finite(metrics, step)
-        if step == start + 1:  # Most of its time was compilation, which is not counted.
+        if step == start + 1:  # It was spent on compilation, and is not timed.
             last_step, last_time = step, time.perf_counter()
         seconds = time.perf_counter() - last_time
         is_due = step % every == 0 or step == args.steps or seconds > 60
@@ -1526,10 +1528,10 @@ def main(argv=None):
 
     0 done; 2 a mistake on the command line or in a file; 130 Ctrl-C; 1 anything else.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = (sys.argv[1:] if argv is None else argv) or ["demo"]
     parser, train_parser = make_parser()
     try:
-        args = parser.parse_args(argv or ["demo"])
+        args = parser.parse_args(argv)
         if args.command == "translate":
             return translate(args)
         if args.distributed:

@@ -1,6 +1,12 @@
-"""What the tests share: the path to the module, a compilation cache, a tiny model."""
+"""What the tests share: the path to the module, a compilation cache, a tiny model.
 
-import functools
+The model, its training and its search (test_shapes_and_masks.py, test_model.py,
+test_training.py and test_inference.py) are tested as users run them, with all of XLA's
+optimisations. What is around them, text, data and the program, may ask for the fixture
+`without_optimizations`: then XLA compiles in less than half of the time, and programs
+that a test starts do so if they get WITHOUT_OPTIMIZATIONS in their environment.
+"""
+
 import os
 import sys
 import tempfile
@@ -15,24 +21,18 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _cache = tempfile.TemporaryDirectory()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# It is also less than half as long if XLA does not optimise. Set this to 0 to test the
-# code as it runs outside of the tests.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-
-# Equal schedules and optimizers shall be one object: jit traces train_step and
-# eval_step again for another one.
-for _name in ("warmup_cosine_decay_schedule", "adam"):
-    setattr(optax, _name, functools.cache(getattr(optax, _name)))
 
 import transformer_model as tm
 
 # Accelerators round the inputs of float32 products to fewer bits unless told not to.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+WITHOUT_OPTIMIZATIONS = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 VOCAB = 11
 TINY = tm.TransformerConfig(
@@ -72,30 +72,45 @@ def random_tokens(rows, length, seed=0, lengths=None, bos=False):
     return tokens
 
 
+def random_params(module, *inputs, seed=0):
+    """Draws parameters for a module, none of them zero or one, without compiling its
+    initialisation.
+    """
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, x):
+        noise = rng.normal(size=x.shape)
+        if x.ndim == 2:  # a kernel or an embedding
+            noise /= np.sqrt(x.shape[1])
+        else:
+            noise = noise / 2 + (path[-1].key == "scale")
+        return jnp.asarray(noise, jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 @pytest.fixture(scope="session", params=[False, True], ids=["post-norm", "pre-norm"])
 def tiny(request):
     """A tiny model with random parameters: (jitted apply, params, model).
 
-    Post-norm has two layers, and pre-norm one, which saves compilation. Deeper models
-    of both are in test_reference.py.
+    One layer is enough to see through masks, and saves compilation.
     """
-    layers = 1 if request.param else 2
-    config = tm.dataclasses.replace(TINY, norm_first=request.param, num_layers=layers)
+    config = tm.dataclasses.replace(TINY, norm_first=request.param, num_layers=1)
     model = tm.Transformer(config)
-    src, tgt = random_tokens(1, 3), random_tokens(1, 3)
-    params = randomized(jax.jit(model.init)(jax.random.key(0), src, tgt)["params"])
-    return jax.jit(model.apply, static_argnames=("method", "mutable")), params, model
+    apply = jax.jit(model.apply, static_argnames=("method", "mutable"))
+    tokens = random_tokens(1, 3)
+    return apply, random_params(model, tokens, tokens), model
 
 
-def pytest_collection_modifyitems(items):
-    """The longest first, so that no worker is left with them at the end."""
-    items.sort(key=lambda item: item.path.name != "test_scaling.py")
-
-
-# The smallest model of the command line. Its tokens are bytes, and with so short pairs
-# all batches have one shape.
-OPTIONS = ["--d-model", "16", "--num-heads", "2", "--num-layers", "1", "--max-len", "7"]
-LEARN = [*OPTIONS, "--batch-size", "16", "--vocab-size", "259"]
+@pytest.fixture(scope="module")
+def without_optimizations():
+    """Makes XLA leave out most optimisations while the tests of a module run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    # jit would give what was compiled here to the tests after these.
+    jax.clear_caches()
 
 
 def run(capsys, *args):
@@ -116,27 +131,6 @@ def assert_refused(result, *words, status=2):
 
 
 def write_pairs(path, pairs):
+    """Writes the pairs to a file of lines source<TAB>target, and returns its path."""
     path.write_text("".join(f"{source}\t{target}\n" for source, target in pairs))
-    return path
-
-
-@pytest.fixture
-def without_evaluation(monkeypatch):
-    """For tests of training and saving: half of what a run compiles is to measure it."""
-    monkeypatch.setattr(tm, "evaluate", lambda *_: 0.0)
-    monkeypatch.setattr(tm, "show_attention", lambda *_: None)
-
-
-@pytest.fixture(scope="session")
-def pairs_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "pairs.tsv"
-    return write_pairs(path, tm.demo_pairs(200, 7, seed=0))
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory, pairs_file):
-    """A checkpoint of a model that has hardly learnt anything."""
-    path = tmp_path_factory.mktemp("model") / "model.msgpack"
-    args = ["--pairs", pairs_file, "--checkpoint", path, "--steps", 5, *LEARN]
-    assert tm.main([str(arg) for arg in args]) == 0
     return path

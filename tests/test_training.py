@@ -1,4 +1,4 @@
-"""Section 8: schedule, train state, train step and eval step."""
+"""Section 8: schedule, train state, train step, averaged parameters and eval step."""
 
 import dataclasses
 import functools
@@ -14,38 +14,50 @@ from conftest import TINY, random_tokens
 import transformer_model as tm
 
 CONFIG = dataclasses.replace(TINY, num_layers=1)
+MODEL = tm.Transformer(CONFIG)
+WITHOUT_DROPOUT = tm.Transformer(dataclasses.replace(CONFIG, dropout_rate=0.0))
 OPTIMIZER = optax.adam(5e-3)
+# Made once, so that train_step does not compile for each state anew.
+APPLY = {model: model.apply for model in (MODEL, WITHOUT_DROPOUT)}
 
 
 @functools.cache
-def apply_fn(config):
-    return tm.Transformer(config).apply
+def first_state(seed):
+    return tm.create_train_state(CONFIG, jax.random.key(seed), OPTIMIZER)
 
 
-@functools.cache
-def jitted_apply():
-    return jax.jit(apply_fn(CONFIG))
-
-
-@functools.cache
-def first_state(seed, config, optimizer):
-    state = tm.create_train_state(config, jax.random.key(seed), optimizer)
-    # The same function and optimizer, so that train_step does not compile again.
-    return state.replace(apply_fn=apply_fn(config))
-
-
-def new_state(seed=0, optimizer=OPTIMIZER, **change):
+def new_state(seed=0, model=MODEL):
     """A copy, because train_step takes the memory of what it gets."""
-    state = first_state(seed, dataclasses.replace(CONFIG, **change), optimizer)
-    return jax.tree.map(lambda x: jnp.asarray(np.array(x)), state)
+    state = first_state(seed).replace(apply_fn=APPLY[model])
+    return jax.tree.map(jnp.copy, state)
 
 
 def make_batch():
+    """Four pairs of different lengths, with BOS and EOS."""
     lengths = np.array([9, 5, 7, 3])
     src = random_tokens(4, 8, seed=3, lengths=[8, 4, 6, 2])
     tgt = random_tokens(4, 9, seed=4, lengths=lengths, bos=True)
     tgt[np.arange(4), lengths - 1] = tm.EOS_ID
     return {"src": src, "tgt": tgt}
+
+
+def to_numpy(tree):
+    return jax.tree.map(np.array, tree)
+
+
+def assert_trees_close(actual, expected, tolerance):
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=tolerance)
+    jax.tree.map(close, actual, expected)
+
+
+@jax.jit
+def logits_of(params, batch):
+    """What the model gives for the batch, without dropout."""
+    inputs = batch["src"], batch["tgt"][:, :-1]
+    return MODEL.apply({"params": params}, *inputs)
+
+
+# ---- Learning rate and optimizer -----------------------------------------------------
 
 
 def test_schedule_before_at_and_after_its_peak():
@@ -55,50 +67,63 @@ def test_schedule_before_at_and_after_its_peak():
     np.testing.assert_allclose(rate(999), peak / 4, rtol=1e-5)
     np.testing.assert_allclose(rate(3999), peak, rtol=1e-5)
     np.testing.assert_allclose(rate(15999), peak / 2, rtol=1e-5)
-    np.testing.assert_allclose(rate(jnp.array([3998, 4000])) < peak, True)
+    assert (rate(jnp.array([3998, 4000])) < peak).all()
+    np.testing.assert_array_equal(tm.paper_schedule(512)(7), rate(7))
 
 
-def test_default_optimizer_is_the_papers():
+@pytest.mark.parametrize("warmup_steps", [None, 100])
+def test_papers_optimizer_is_adam_with_that_schedule(warmup_steps):
     """Adam's first step is the learning rate times the sign of the gradient."""
-    optimizer = tm.create_train_state(CONFIG, jax.random.key(0)).tx
+    if warmup_steps is None:  # what a train state gets by default
+        create = functools.partial(tm.create_train_state, CONFIG)
+        optimizer = jax.eval_shape(create, jax.random.key(0)).tx
+    else:
+        optimizer = tm.paper_optimizer(16, warmup_steps)
     update = jax.jit(optimizer.update)
     step, opt_state = update(jnp.ones(()), optimizer.init(jnp.ones(())))
-    np.testing.assert_allclose(step, -(16**-0.5) * 4000**-1.5, rtol=1e-5)
-    # b2 = 0.98 and b1 = 0.9, from how the second step forgets the first.
+    rate = 16**-0.5 * (warmup_steps or 4000) ** -1.5
+    np.testing.assert_allclose(step, -rate, rtol=1e-5)
+    # b1 = 0.9 and b2 = 0.98, from how the second step forgets the first.
     _, (adam, _) = update(jnp.zeros(()), opt_state)
     np.testing.assert_allclose(adam.mu, 0.1 * 0.9, rtol=1e-5)
     np.testing.assert_allclose(adam.nu, 0.02 * 0.98, rtol=1e-5)
+    # eps = 1e-9 halves the step for a gradient of the same size.
+    step, _ = update(jnp.float32(1e-9), optimizer.init(jnp.ones(())))
+    np.testing.assert_allclose(step, -rate / 2, rtol=1e-3)
+
+
+# ---- The first state -----------------------------------------------------------------
+
+
+def test_first_state():
+    state, other = new_state(), new_state(seed=1)
+    # An int would be another type than the array after a step, and compile twice.
+    step = first_state(0).step
+    assert isinstance(step, jax.Array) and step.dtype == jnp.int32 and step == 0
+    jax.tree.map(np.testing.assert_array_equal, state.average, state.params)
+    assert state.dropout_key.dtype == jnp.uint32
+    assert (state.dropout_key != other.dropout_key).any()
+    kernel = "encoder", "blocks_0", "feed_forward", "inner", "kernel"
+    one, two = (functools.reduce(dict.get, kernel, s.params) for s in (state, other))
+    assert (one != two).all()
 
 
 def test_other_heads_cannot_be_trained():
+    config = dataclasses.replace(CONFIG, head="softmax")
     with pytest.raises(ValueError, match="head must be .logits.*'softmax'"):
-        new_state(head="softmax")
+        tm.create_train_state(config, jax.random.key(0))
 
 
-def test_step_moves_every_parameter_once_and_compiles_once():
-    state, batch = new_state(), make_batch()
-    before = jax.tree.map(jnp.copy, state.params)
-    old = state
-    state, _ = tm.train_step(state, batch)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old)), "not donated"
-    compiled = tm.train_step._cache_size()
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, state.params)
-    for path, has_moved in jax.tree_util.tree_leaves_with_path(moved):
-        # What is added to all keys shifts a query's scores alike, and softmax not.
-        if "['key']['bias']" not in jax.tree_util.keystr(path):
-            assert has_moved, jax.tree_util.keystr(path)
-    for _ in range(2):
-        state, metrics = tm.train_step(state, batch)
-    assert int(state.step) == 3 and tm.train_step._cache_size() == compiled
-    assert isinstance(metrics["loss"], jax.Array) and metrics["loss"].shape == ()
+# ---- One step ------------------------------------------------------------------------
 
 
 def test_metrics_by_hand():
-    """The label of position t is token t + 1, and PAD labels do not count."""
+    """The label of position t is token t + 1, and PAD labels do not count: neither the
+    loss of the same position nor a mean over all positions would be this one.
+    """
     state, batch = new_state(), make_batch()
     metrics = tm.eval_step(state, batch)
-    tgt = batch["tgt"]
-    logits = jitted_apply()({"params": state.params}, batch["src"], tgt[:, :-1])
+    logits, tgt = logits_of(state.params, batch), batch["tgt"]
     losses, hits = [], []
     for row in range(4):
         for position in range(8):
@@ -112,6 +137,44 @@ def test_metrics_by_hand():
     np.testing.assert_allclose(metrics["accuracy"], np.mean(hits), rtol=1e-5)
 
 
+def test_smoothed_loss_by_hand():
+    """Label smoothing gives its share to all classes, the label and PAD among them."""
+    default = inspect.signature(tm.train_step).parameters["label_smoothing"].default
+    assert default == 0.1
+    state, batch = new_state(model=WITHOUT_DROPOUT), make_batch()
+    labels = batch["tgt"][:, 1:]
+    row, position = np.nonzero(labels)
+    log_p = np.array(jax.nn.log_softmax(logits_of(state.params, batch)))[row, position]
+    of_labels = log_p[np.arange(len(row)), labels[row, position]]
+    expected = -(0.7 * of_labels + 0.3 * log_p.mean(axis=1)).mean()
+    state, metrics = tm.train_step(state, batch, 0.3)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert int(state.step) == 1
+
+
+def test_step_moves_every_parameter_and_gives_up_the_old_ones():
+    state, batch = new_state(), make_batch()
+    before = to_numpy(state.params)
+    old = state
+    state, metrics = tm.train_step(state, batch)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old)), "not donated"
+    assert isinstance(metrics["loss"], jax.Array) and metrics["loss"].shape == ()
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, state.params)
+    for path, has_moved in jax.tree_util.tree_leaves_with_path(moved):
+        # What is added to all keys shifts a query's scores alike, and softmax not.
+        if "['key']['bias']" not in jax.tree_util.keystr(path):
+            assert has_moved, jax.tree_util.keystr(path)
+
+
+def test_steps_compile_once():
+    state, batch = new_state(), make_batch()
+    state, _ = tm.train_step(state, batch)
+    compiled = tm.train_step._cache_size()
+    for _ in range(2):
+        state, _ = tm.train_step(state, batch)
+    assert int(state.step) == 3 and tm.train_step._cache_size() == compiled
+
+
 def test_more_padding_changes_no_metric():
     state, batch = new_state(), make_batch()
     wider = {name: np.pad(x, ((0, 1), (0, 3))) for name, x in batch.items()}
@@ -120,86 +183,103 @@ def test_more_padding_changes_no_metric():
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5)
 
 
-def test_training_has_smoothing_and_dropout_and_evaluation_has_not():
+def test_batch_with_a_token_outside_the_vocabulary_has_a_nan_loss():
+    state = new_state()
+    for name, place in (("src", (0, 1)), ("tgt", (0, 3)), ("tgt", (0, 8))):
+        for token in (-1, 11):
+            batch = make_batch()
+            batch[name][place] = token
+            assert np.isnan(tm.eval_step(state, batch)["loss"])
+
+
+def test_batch_of_floats_is_refused():
     batch = make_batch()
-    plain = float(tm.eval_step(new_state(), batch)["loss"])
-    smoothed = float(tm.train_step(new_state(dropout_rate=0.0), batch)[1]["loss"])
-    by_default = float(tm.train_step(new_state(), batch)[1]["loss"])
-    # The smoothed loss by hand: a tenth of it is that of an even guess at every label.
-    state, tgt = new_state(), batch["tgt"]
-    logits = jitted_apply()({"params": state.params}, batch["src"], tgt[:, :-1])
-    log_p = np.array(jax.nn.log_softmax(logits))[tgt[:, 1:] != tm.PAD_ID]
-    expected = 0.9 * plain - 0.1 * log_p.mean()
-    np.testing.assert_allclose(smoothed, expected, rtol=1e-5)
-    assert by_default != smoothed != plain  # dropout; smoothing
-    exact = float(tm.train_step(new_state(dropout_rate=0.0), batch, 0.0)[1]["loss"])
-    np.testing.assert_allclose(exact, plain, rtol=1e-6)
+    batch["src"] = batch["src"].astype(np.float32)
+    for step in (tm.train_step, tm.eval_step):
+        with pytest.raises((TypeError, ValueError), match="integer"):
+            step(new_state(), batch)
 
 
-def test_masks_of_dropout_change_from_step_to_step():
-    """With an optimizer that changes nothing, only the dropout masks change the loss."""
-    batch, losses = make_batch(), []
-    state = new_state(optimizer=optax.set_to_zero())
-    for _ in range(3):
-        state, metrics = tm.train_step(state, batch)
-        losses.append(float(metrics["loss"]))
-    assert len(set(losses)) == 3
+# ---- Dropout -------------------------------------------------------------------------
+
+
+def test_dropout_is_on_in_training_alone_and_changes_from_step_to_step():
+    """The parameters are the same throughout, so only dropout can change the loss."""
+    batch = make_batch()
+
+    def loss_of_step(step, seed=0):
+        state = new_state().replace(
+            step=jnp.int32(step), dropout_key=new_state(seed).dropout_key
+        )
+        return float(tm.train_step(state, batch)[1]["loss"])
+
+    losses = [loss_of_step(0), loss_of_step(1), loss_of_step(2), loss_of_step(0, 1)]
+    assert len(set(losses)) == 4
+    assert loss_of_step(1) == losses[1]
+
+    # Evaluation is the same for all of them, and test_metrics_by_hand has no dropout.
+    state = new_state()
+    other = state.replace(dropout_key=new_state(1).dropout_key, step=jnp.int32(1))
+    assert tm.eval_step(state, batch)["loss"] == tm.eval_step(other, batch)["loss"]
 
 
 def test_same_seed_same_run():
     batch = make_batch()
 
-    def run(seed):
-        state, losses = new_state(seed), []
+    def losses(seed):
+        state, found = new_state(seed), []
         for _ in range(3):
             state, metrics = tm.train_step(state, batch)
-            losses.append(float(metrics["loss"]))
-        return losses
+            found.append(float(metrics["loss"]))
+        return found
 
-    assert run(0) == run(0)
-    assert not set(run(0)) & set(run(1))
+    assert losses(0) == losses(0)
+    assert not set(losses(0)) & set(losses(1))
+
+
+# ---- Averaged parameters -------------------------------------------------------------
+
+
+def test_average_by_hand():
+    """Step n moves the average by the share 10 / (9 + n) towards the parameters. At the
+    first step that is all the way; counted from 0 it would be 10 / 9 of it.
+    """
+    state, batch, expected = new_state(), make_batch(), None
+    for n in range(1, 6):
+        state, _ = tm.train_step(state, batch)
+        params = to_numpy(state.params)
+        if n == 1:
+            expected = params
+        change = jax.tree.map(np.subtract, params, expected)
+        share = functools.partial(np.multiply, 10 / (9 + n))
+        expected = jax.tree.map(np.add, expected, jax.tree.map(share, change))
+        assert_trees_close(state.average, expected, 1e-6)
+    # It has stayed behind the parameters by more than that.
+    distance = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected, params)
+    assert max(jax.tree.leaves(distance)) > 1e-3
+
+
+def test_eval_step_measures_the_average():
+    state, batch = new_state(), make_batch()
+    other = new_state(seed=1)
+    expected = tm.eval_step(state, batch)
+    unchanged = tm.eval_step(state.replace(params=other.params), batch)
+    assert unchanged == expected
+    changed = tm.eval_step(state.replace(average=other.params), batch)
+    assert changed["loss"] != expected["loss"]
+    assert changed == tm.eval_step(other, batch)
+
+
+# ---- All together --------------------------------------------------------------------
 
 
 def test_fixed_batch_is_learnt_by_heart_and_decoded():
-    state, batch = new_state(dropout_rate=0.0), make_batch()
-    for _ in range(150):
-        state, _ = tm.train_step(state, batch, 0.0)
-    metrics = tm.eval_step(state, batch)
-    assert metrics["loss"] < 0.02 and metrics["accuracy"] == 1
-    model = tm.Transformer(dataclasses.replace(CONFIG, dropout_rate=0.0))
-    decoded = tm.greedy_decode(model, state.params, batch["src"], max_len=8)
-    np.testing.assert_array_equal(decoded, batch["tgt"][:, 1:])
-
-
-def test_batch_that_does_not_fit_is_refused():
+    """With everything on, and with the averaged parameters, as programs do it."""
     state, batch = new_state(), make_batch()
-    src, tgt = batch["src"], batch["tgt"]
-    for wrong, message in [
-        ({"tgt": tgt[:3]}, r"\(4, 8\) and \(3, 8\)"),
-        ({"src": src.astype(np.float32)}, r"integers.*float32 \(4, 8\)"),
-        ({"tgt": tgt.astype(np.float32)}, r"integers.*float32 \(4, 8\)"),
-        ({"src": src[:0], "tgt": tgt[:0]}, r"integers.*\(0, 8\)"),
-        ({"src": src[:, :0]}, r"integers.*\(4, 0\)"),
-        ({"tgt": tgt[:, :1]}, r"integers.*\(4, 0\)"),
-    ]:
-        for step in (tm.train_step, tm.eval_step):
-            with pytest.raises(ValueError, match=message):
-                step(state, {**batch, **wrong})
-    for share in (-0.1, 1.5):
-        with pytest.raises(
-            ValueError, match=f"label_smoothing must be 0 to 1.*{share}"
-        ):
-            tm.train_step(state, batch, share)
-
-
-def test_batch_with_a_token_outside_the_vocabulary_has_a_nan_loss():
-    for name, place in (("src", (0, 1)), ("tgt", (0, 3)), ("tgt", (0, 8))):
-        for token in (-1, 11):
-            batch = make_batch()
-            batch[name][place] = token
-            assert np.isnan(tm.eval_step(new_state(), batch)["loss"])
-
-
-def test_label_smoothing_is_the_papers_by_default():
-    parameters = inspect.signature(tm.train_step).parameters
-    assert parameters["label_smoothing"].default == 0.1
+    for _ in range(300):
+        state, _ = tm.train_step(state, batch)
+    metrics = tm.eval_step(state, batch)
+    # Smoothing wants 0.1 for all 11 classes together, which leaves -ln 0.91.
+    assert metrics["loss"] < 0.2 and metrics["accuracy"] == 1
+    decoded = tm.greedy_decode(MODEL, state.average, batch["src"], max_len=8)
+    np.testing.assert_array_equal(decoded, batch["tgt"][:, 1:])

@@ -1,9 +1,9 @@
-"""Makes golden.npz for test_reference.py: what PyTorch's Transformer stacks compute.
+"""Makes tests/golden.npz for test_model.py: what PyTorch's Transformer stacks compute.
 
 It needs PyTorch, which the tests do not. To make the file again:
 
     pip install torch==2.13.0 numpy
-    python tests/make_golden.py
+    python tests/measure/make_golden.py
 
 golden.npz then holds, as float32 unless said otherwise:
 
@@ -111,7 +111,7 @@ def main():
     arrays = {name: value.detach().numpy() for name, value in arrays.items()}
     for name, value in arrays.items():
         arrays[name] = value.astype("float32" if value.dtype.kind == "f" else "int32")
-    np.savez_compressed(pathlib.Path(__file__).with_name("golden.npz"), **arrays)
+    np.savez_compressed(pathlib.Path(__file__).parents[1] / "golden.npz", **arrays)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """Takes one part of the Transformer away at a time, and trains what is left.
 
-    python tests/what_breaks.py                    all rows
-    python tests/what_breaks.py causal heads       rows whose name holds a word
-    python tests/what_breaks.py --seeds 2          each row with the seeds 0 and 1
-    python tests/what_breaks.py -- --d-model 128   the program's own options, after --
+    python tests/measure/what_breaks.py                  all rows
+    python tests/measure/what_breaks.py causal heads     rows whose name holds a word
+    python tests/measure/what_breaks.py --seeds 2        each row with the seeds 0 and 1
+    python tests/measure/what_breaks.py -- --d-model 128   the program's options, after --
 
-Each row is one line of transformer_model.py changed, in a copy; the function that the
-line is in is printed, so that the change can be repeated by hand.
+Each row is one line of transformer_model.py changed, in a copy, or an option of its
+command `train`; the place is printed, so that the change can be repeated by hand.
 
 The task is to reverse a word and write every letter three times: "abc" becomes
 "cccbbbaaa". The demo would show less: its one layer gets along without residuals, and
 where source and target are of one length, a source has as much padding in training as
 later on. Here every target is longer than its source, which in training is padded to
-the target's width and in decoding is not.
+the target's width and in decoding is not. There are two thousand pairs, so that each is
+seen about twenty times: what keeps a model from learning by heart can show.
 """
 
 import argparse
@@ -25,14 +26,15 @@ from pathlib import Path
 
 import numpy as np
 
-SOURCE = (Path(__file__).resolve().parent.parent / "transformer_model.py").read_text()
+SOURCE = (Path(__file__).resolve().parents[2] / "transformer_model.py").read_text()
 
 # Enough layers for residuals and LayerNorm to matter, and no more steps than the whole
 # model needs, so that a part shows that only speeds learning up.
-OPTIONS = "--num-layers 4 --d-model 64 --num-heads 4 --batch-size 64 --steps 600"
-OPTIONS += " --learning-rate 3e-3 --label-smoothing 0 --vocab-size 259 --max-len 31"
+OPTIONS = "--num-layers 3 --d-model 64 --batch-size 64 --steps 700 --warmup 200"
+OPTIONS += " --vocab-size 259 --max-len 32"
 
-# What is taken away, a string that occurs once, and what stands there instead.
+# What is taken away, a string that occurs once, and what stands there instead; or an
+# empty string, and options.
 CHANGES = [
     ("nothing", "", ""),
     (
@@ -52,34 +54,42 @@ CHANGES = [
         "x = x + jnp.asarray(positional_encoding(max_len, d_model))[position]",
         "x = x + 0",
     ),
-    ("heads but one", "num_heads=args.num_heads,", "num_heads=1,"),
     (
         "division by sqrt(K)",
         "query, key) / np.sqrt(query.shape[-1])",
         "query, key)",
     ),
+    ("heads but one", "", "--num-heads 1"),
     ("residuals", "x = x + self.dropout(y, ", "x = self.dropout(y, "),
     (
         "LayerNorm",
         "return nn.LayerNorm(epsilon=1e-6, dtype=config.dtype)",
         "return lambda x: x",
     ),
-    ("pre-norm", "", "--post-norm"),  # an option, and no change
     (
-        "warm-up",
-        "warmup_steps=args.steps // 10,",
-        "warmup_steps=0,",
+        "post-norm",  # but pre-norm
+        "norm_first: bool = False",
+        "norm_first: bool = True",
+    ),
+    (
+        "factor sqrt(D)",
+        "x = jnp.take(embedding, tokens, axis=0) * d_model**0.5",
+        "x = jnp.take(embedding, tokens, axis=0)",
     ),
     (
         "label shift",
         'inputs, labels = batch["tgt"][:, :-1], batch["tgt"][:, 1:]',
         'inputs, labels = batch["tgt"][:, :-1], batch["tgt"][:, :-1]',
     ),
+    ("warm-up", "", "--warmup 1"),
+    ("dropout", "", "--dropout 0"),
+    ("label smoothing", "", "--label-smoothing 0"),
+    ("averaging", "share = 10 / (9 + state.step)", "share = 1"),
 ]
 
 
 def changed_function(old):
-    """The function that the string is in, with its class: "Transformer.embed"."""
+    """The function or class that the string is in: "Transformer.embed"."""
     if SOURCE.count(old) != 1:
         sys.exit(f"not exactly one place has {old!r}")
     line = SOURCE[: SOURCE.index(old)].count("\n") + 1
@@ -91,10 +101,10 @@ def changed_function(old):
     return ".".join(names)
 
 
-def write_pairs(path):
+def write_pairs(path, number, seed):
     """Writes the task's pairs: different words of 3 to 7 letters, and their targets."""
-    rng, words = np.random.default_rng(0), {}
-    while len(words) < 20_000:
+    rng, words = np.random.default_rng(seed), {}
+    while len(words) < number:
         letters = rng.integers(ord("a"), ord("z") + 1, rng.integers(3, 8))
         words["".join(map(chr, letters))] = None
     lines = (f"{word}\t{''.join(3 * c for c in reversed(word))}\n" for word in words)
@@ -104,9 +114,13 @@ def write_pairs(path):
 def run(source, options):
     """The score of a training run: exactly right, of how many, loss."""
     with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "transformer_model.py"
+        folder = Path(folder)
+        script, pairs, valid = (folder / n for n in ("program.py", "pairs", "valid"))
         script.write_text(source)
-        command = [sys.executable, script, *options]
+        write_pairs(pairs, 2000, seed=0)
+        write_pairs(valid, 500, seed=1)
+        command = [sys.executable, script, "train", pairs, folder / "model"]
+        command += ["--valid", valid, *OPTIONS.split(), *options]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
     found = re.search(r"loss (\S+), (\d+) of (\d+) exactly right", done.stdout)
     if not found:
@@ -126,19 +140,15 @@ def main():
     add("--seeds", type=int, default=1, metavar="N", help="runs of each (default 1)")
     args = parser.parse_args(mine)
     print(f"{'without':<23} {'in':<29} {'exactly right':>13}  {'loss':>8}")
-    with tempfile.TemporaryDirectory() as folder:
-        pairs = Path(folder) / "pairs.tsv"
-        write_pairs(pairs)
-        task = ["--pairs", str(pairs), *OPTIONS.split()]
-        for name, old, new in CHANGES:
-            if args.words and not any(word in name for word in args.words):
-                continue
-            place = changed_function(old) if old else new
-            source = SOURCE.replace(old, new) if old else SOURCE
-            more = [new] if new and not old else []
-            for seed in range(args.seeds):
-                score = run(source, [*task, "--seed", str(seed), *options, *more])
-                print(f"{name:<23} {place:<29} {score:>13}", flush=True)
+    for name, old, new in CHANGES:
+        if args.words and not any(word in name for word in args.words):
+            continue
+        place = changed_function(old) if old else new
+        source = SOURCE.replace(old, new) if old else SOURCE
+        more = [] if old else new.split()
+        for seed in range(args.seeds):
+            score = run(source, ["--seed", str(seed), *options, *more])
+            print(f"{name:<23} {place:<29} {score:>13}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Times transformer_model.py against its peers and prints the results as one table.
 
     pip install torch transformers      the peers (without a GPU: torch's CPU build)
-    python tests/benchmark.py           everything; below, what --only can choose from
+    python tests/measure/benchmark.py           everything; below, what --only can choose from
 
     train     a training step: forward, backward, Adam; dropout 0.1, smoothing 0.1
     decode    greedy and beam search with caches, as many tokens in every row
@@ -33,7 +33,7 @@ from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves torch its part
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import flax.linen as nn
 import jax

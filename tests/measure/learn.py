@@ -2,7 +2,7 @@
 
     python3 -m venv joey
     joey/bin/pip install torch joeynmt==2.3.0 importlib_metadata
-    python tests/learn.py --pairs cmudict.tsv --joeynmt joey/bin/python
+    python tests/measure/learn.py --pairs cmudict.tsv --joeynmt joey/bin/python
 
 JoeyNMT has an environment of its own, as it needs other packages. `--pairs` is a file
 as for the program, such as the README's of words and phonemes. Both models have two
@@ -10,8 +10,7 @@ layers, width 128, four heads and an inner width of 512; both get batches of 128
 and all processor cores, one after the other. At the end each decodes, greedily, the
 same words, none of which has been in its training.
 
-Ours is the program's own training with its defaults, but that the learning rate follows
-the time and not the number of steps: it has to be zero when the minutes are over. The
+Ours is the program's own training with its defaults; the averaged parameters decode. The
 minutes begin before the tokenizer is learnt, and all compilation counts.
 
 JoeyNMT is given the characters of the source, and the target as words, for which it is
@@ -31,10 +30,9 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import transformer_model as tm
@@ -47,26 +45,19 @@ BATCH_SIZE = 128
 def train_ours(pairs, held_out, seconds, seed):
     """Returns the outputs for the sources held out, and a description of the run."""
     start = time.perf_counter()
-    options = ["--pairs", pairs, "--valid", held_out, "--seed", str(seed)]
-    options += ["--batch-size", str(BATCH_SIZE)]
-    args = tm.parse_arguments([str(option) for option in options])
-    run = tm.begin(args)
-    model, tokenizer = run.model, run.tokenizer
-    adam = {"learning_rate": 0.0, "b1": 0.9, "b2": 0.98, "eps": 1e-9}
-    optimizer = optax.inject_hyperparams(optax.adam)(**adam)
-    state = tm.create_train_state(model.config, jax.random.key(seed), optimizer)
-    peak = args.learning_rate
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, 100, 1000)
-    max_len = model.config.max_len
-    batches = tm.training_batches(run.train_pairs, max_len, BATCH_SIZE, seed)
+    options = "train", pairs, "no model is saved", "--valid", held_out, "--seed", seed
+    parser, _ = tm.make_parser()
+    run, state = tm.set_up(parser.parse_args([str(option) for option in options]))
+    args = run.args
+    batches = tm.training_batches(
+        run.train_pairs, args.max_len, run.batch_size, args.seed
+    )
     while (elapsed := time.perf_counter() - start) < seconds:
-        rate = jnp.float32(schedule(1000 * elapsed / seconds))
-        state.opt_state.hyperparams["learning_rate"] = rate
         state, metrics = tm.train_step(state, next(batches), args.label_smoothing)
         jax.block_until_ready(metrics)
     sources = [source for source, _ in run.valid_pairs]
-    tokens = tm.decode_all(model, state.params, sources, beam_size=1)
-    outputs = [tokenizer.decode(row) for row in tokens]
+    tokens = tm.decode_all(run.model, state.average, sources, beam_size=1)
+    outputs = [run.tokenizer.decode(row) for row in tokens]
     return outputs, describe(int(state.step), optax.tree.size(state.params), elapsed)
 
 
@@ -192,7 +183,7 @@ def main():
     add("--held-out", type=int, default=2000, metavar="N", help="pairs (default 2000)")
     add("--seed", type=int, default=0, metavar="N", help="of all (default 0)")
     args = parser.parse_args()
-    longest = tm.OPTIONS["max_len"][2]  # in tokens; a byte needs no more than one
+    longest = 127  # tokens, without EOS; a byte needs no more than one
     pairs = tm.read_pairs(args.pairs)
     short = [p for p in pairs if max(len(text.encode()) for text in p) <= longest]
     held_out = tm.hold_out(short, args.held_out, args.seed)

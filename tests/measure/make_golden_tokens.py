@@ -1,9 +1,9 @@
-"""Makes golden_tokens.json for test_text.py: what Hugging Face's tokenizers do.
+"""Makes tests/golden_tokens.json for test_text_and_data.py: what Hugging Face's tokenizers do.
 
 They need a package that the tests do not. To make the file again:
 
     pip install tokenizers==0.23.3
-    python tests/make_golden_tokens.py
+    python tests/measure/make_golden_tokens.py
 
 golden_tokens.json then holds a text of some lines, and for each size of the vocabulary
 the merges that byte-pair encoding learns from it, as pairs of byte strings in hex, and the
@@ -74,7 +74,7 @@ def main():
             ],
             "num_tokens": sum(len(tokenizer.encode(text).ids) for text in texts),
         }
-    path = pathlib.Path(__file__).with_name("golden_tokens.json")
+    path = pathlib.Path(__file__).parents[1] / "golden_tokens.json"
     path.write_text(json.dumps(golden, ensure_ascii=False, indent=1) + "\n")
 
 
