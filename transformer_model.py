@@ -226,6 +226,10 @@ class MultiHeadAttention(nn.Module):
         """x [B, T, D] attends to memory [B, S, D], both float -> [B, T, D]."""
         return self.attend(x, self.project_kv(memory), mask)
 
+    def split_heads(self, x):
+        """x [B, L, D] -> [B, H, L, K]: every head gets K neighbouring columns of x."""
+        return x.reshape(*x.shape[:2], self.config.num_heads, -1).swapaxes(1, 2)
+
     def project_kv(self, memory):
         """memory [B, S, D] -> its kv, of length S."""
         return self.split_heads(self.key(memory)), self.split_heads(self.value(memory))
@@ -236,10 +240,6 @@ class MultiHeadAttention(nn.Module):
         heads, weights = scaled_dot_product_attention(query, *kv, mask)
         self.sow("intermediates", "weights", weights)
         return self.output(heads.swapaxes(1, 2).reshape(x.shape))  # concatenates
-
-    def split_heads(self, x):
-        """x [B, L, D] -> [B, H, L, K]: every head gets K neighbouring columns of x."""
-        return x.reshape(*x.shape[:2], self.config.num_heads, -1).swapaxes(1, 2)
 
 
 # ---- 5 Feed-forward network ----------------------------------------------------------
@@ -630,7 +630,8 @@ def train_step(state, batch, label_smoothing=0.1):
 
     (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state = state.apply_gradients(grads=gradients)
-    # The share of the newest parameters is 1 at step 1, and about 10 / step later on.
+    # state.step counts this step too. So the share of the new parameters is 1 at first,
+    # and about 10 / step later on.
     share = 10 / (9 + state.step)
     average = optax.incremental_update(state.params, state.average, share)
     return state.replace(average=average), metrics
@@ -757,7 +758,9 @@ def best_continuations(log_p, ended, next_log_p):
 
 
 def length_penalty(tokens, alpha):
-    """((5 + length) / 6)^alpha: int [..., L] -> float32 [...]; EOS counts in length."""
+    """((5 + length) / 6)^alpha of tokens without BOS: int [..., L] -> float32 [...].
+    EOS counts in the length.
+    """
     length = jnp.argmax(tokens == EOS_ID, axis=-1) + 1
     length = jnp.where(has_ended(tokens), length, tokens.shape[-1])
     return ((5 + length) / 6) ** alpha
@@ -1015,7 +1018,7 @@ def batches_by_width(widths, batch_size, rng=None):
 
 
 def training_batches(pairs, max_width, batch_size, seed, start=0):
-    """Yields the batches of step `start`, `start` + 1, ..., epoch after epoch.
+    """Yields the batches of all steps after the first `start`, epoch after epoch.
 
     They follow from these arguments alone, so that a run can be taken up again. There
     must be at least `batch_size` pairs.
@@ -1303,7 +1306,9 @@ def check_same_run(run, checkpoint):
 
 
 def require_finite(numbers, step):
-    """Raises a RunError if a number in the tree `numbers` is not finite."""
+    """Raises a RunError if a number in the tree `numbers` is not finite. Of several
+    processes, one that ends so ends them all (see the last lines of this file).
+    """
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(numbers)):
         problem = f"after step {step} the loss or a parameter is not finite"
         raise RunError(f"{problem}; a longer --warmup may help")
@@ -1332,7 +1337,8 @@ def progress(step, steps, metrics, seconds_per_step):
 
 def evaluate(run, state, beam_size, num_shown, file):
     """Prints to `file` the score on unseen pairs, and some of them."""
-    # Only the first process evaluates, so the state has to come to one of its devices.
+    # Only the first process evaluates, so that what eval_step needs of the state has to
+    # come to one of its devices.
     state = jax.device_get(state.replace(params=(), opt_state=()))
     state = jax.device_put(state, jax.local_devices()[0])
     pairs, losses, num_labels = run.valid_pairs, [], []
@@ -1389,8 +1395,7 @@ def training_loop(run, state):
     for step in range(start + 1, args.steps + 1):
         batch = split_batch(next(batches), by_row)
         state, metrics = train_step(state, batch, args.label_smoothing)
-        # This waits for the step. All processes look at its loss, and so end together.
-        require_finite(metrics, step)
+        require_finite(metrics, step)  # This waits for the step.
         if step == start + 1:  # It was spent on compilation, and is not timed.
             last_step, last_time = step, time.perf_counter()
         seconds = time.perf_counter() - last_time
@@ -1415,10 +1420,9 @@ def train(args, checkpoint=None):
         check_same_run(run, checkpoint)
         state = flax.serialization.from_state_dict(state, checkpoint.state)
         log(f"{args.model}: goes on after step {state.step}")
-    size = (
-        f"{optax.tree.size(state.params):,} parameters on {jax.device_count()} devices"
-    )
-    log(f"pairs: {run.notes['pairs']}; {size}")
+    log(f"pairs: {run.notes['pairs']}")
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    log(f"model: {optax.tree.size(state.params):,} parameters, on {device}")
     if state.step < args.steps and jax.process_index() == 0:
         try:  # What cannot be written is to be known before training.
             save(run, state)
@@ -1544,7 +1548,7 @@ def main(argv=None):
                 raise InputError(f"{args.model}: not saved by the command train")
             # Options that are not given are those of the checkpoint.
             train_parser.set_defaults(**notes["options"], steps=notes["steps"])
-            args = parser.parse_args(argv)
+            args = parser.parse_args(argv)  # now with these defaults
         return train(args, checkpoint)
     except SystemExit as error:  # argparse ends so, after a mistake and after --help.
         return error.code

@@ -1168,7 +1168,10 @@ def ended(processes):
     results = []
     for process in processes:
         out, err = process.communicate(timeout=60)
-        results.append((process.returncode, out.decode(), err.decode()))
+        # The library that connects the processes announces itself.
+        lines = out.decode().splitlines(keepends=True)
+        out = "".join(line for line in lines if not line.startswith("[Gloo]"))
+        results.append((process.returncode, out, err.decode()))
     return results
 
 
@@ -1190,30 +1193,104 @@ def without_key_biases(params):
     return {name: leaf for name, leaf in names if "['key']['bias']" not in name}
 
 
-def test_any_number_of_devices_and_processes_learns_the_same(unequal_pairs, tmp_path):
-    """The second process has a folder of its own, into which nothing is written."""
-    args = ["train", unequal_pairs, "model", *LEARN, "--steps", 20]
-    checkpoints, losses = [], []
-    for devices, number in (("1", 1), ("4", 4), ("2 x 2", 4)):
-        folders = [tmp_path / devices / str(i) for i in (0, 1)]
-        for folder in folders:
-            folder.mkdir(parents=True)
-        (status, out, err), *others = ended(start_on(devices, *args, folders=folders))
+NO_EVALUATION = "evaluate = draw_attention = lambda *_, **__: ''"
+
+
+@pytest.mark.usefixtures("without_evaluation")
+def test_any_number_of_devices_and_processes_learns_the_same(
+    capsys, unequal_pairs, tmp_path
+):
+    """The second process has a folder of its own, and nothing gets into that."""
+    args = ["train", unequal_pairs, "model", *LEARN, "--steps", 5]
+
+    def folder_for(name):
+        (tmp_path / name).mkdir()
+        return tmp_path / name
+
+    alone, four, first, second = map(folder_for, ("alone", "four", "first", "second"))
+    results = [run(capsys, *args[:2], alone / "model", *args[3:])]
+    quick = with_more(tmp_path, NO_EVALUATION)
+    results += ended(start_on("4", *args, folders=[four], script=quick))
+    *job, other = ended(start_on("2 x 2", *args, folders=[first, second]))
+    results += job
+    assert other == (0, "", "") and [*second.iterdir()] == []
+    losses, checkpoints = [], []
+    for (status, _, err), folder in zip(results, (alone, four, first), strict=True):
         assert status == 0, err
-        assert others in ([], [(0, "", "")])
-        assert [file.name for file in folders[0].iterdir()] == ["model"]
-        assert [*folders[1].iterdir()] == []
-        assert f" parameters on {number} devices\n" in err and "exactly right" in out
+        assert f" parameters on {1 if folder == alone else 4} devices\n" in err
         reports = re.findall(r"^step .* loss (\S+)", err, re.MULTILINE)
         losses.append([float(loss) for loss in reports])
-        checkpoints.append(tm.load_checkpoint(folders[0] / "model"))
-    first, *rest = checkpoints
-    assert len(losses[0]) == 20 and losses[0][-1] < losses[0][0] - 0.5
-    for other, some in zip(rest, losses[1:]):
+        assert [file.name for file in folder.iterdir()] == ["model"]
+        checkpoints.append(tm.load_checkpoint(folder / "model"))
+    assert "exactly right" in results[2][1] and "Cross-attention" in results[2][1]
+    expected = checkpoints[0]
+    assert len(losses[0]) == 5 and losses[0][-1] < losses[0][0] - 0.5
+    for some, checkpoint in zip(losses[1:], checkpoints[1:]):
         np.testing.assert_allclose(some, losses[0], atol=2e-4)
-        assert other.notes == first.notes
+        assert checkpoint.notes == expected.notes
         for name in ("params", "average"):
-            ours, theirs = (without_key_biases(c.state[name]) for c in (other, first))
-            d = {k: np.abs(ours[k] - theirs[k]).max() for k in ours}
-            print(d)
+            ours = without_key_biases(checkpoint.state[name])
+            theirs = without_key_biases(expected.state[name])
+            print({k: np.abs(ours[k] - theirs[k]).max() for k in ours})
     assert 0
+
+
+def test_process_that_fails_does_not_wait_for_the_others(unequal_pairs, tmp_path):
+    """The first alone finds that nothing can be saved. The second waits for it in the
+    first step, and JAX ends it then.
+    """
+    path = tmp_path / "nowhere" / "model"
+    first, second = ended(start_on("2 x 2", "train", unequal_pairs, path, *LEARN))
+    assert first[:2] == (2, "")
+    last = first[2].splitlines()[-1]
+    assert last == f"error: {path}: No such file or directory"
+    assert second[0] != 0 and second[1] == ""
+
+
+def test_loss_that_is_not_finite_ends_all_processes(unequal_pairs, tmp_path):
+    """It is no step at which the first process reports."""
+    broken = f"""{NO_EVALUATION}
+real = train_step
+def train_step(state, *args):
+    state, metrics = real(state, *args)
+    return state, {{**metrics, "loss": metrics["loss"] / (state.step != 3)}}
+"""
+    script = with_more(tmp_path, broken)
+    args = ["train", unequal_pairs, tmp_path / "model", *LEARN, "--steps", 10000]
+    first, second = ended(start_on("2 x 2", *args, script=script))
+    assert first[:2] == (1, "") and second[0] != 0
+    assert "error: after step 3 " in first[2] and "Traceback" not in first[2]
+    assert tm.load_checkpoint(tmp_path / "model").state["step"] == 0
+
+
+def test_processes_with_other_pairs_do_not_train_together(tmp_path):
+    """Each would take its own part of its own batch, and nothing would look wrong."""
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        write_pairs(folder / "pairs", words(100, seed))
+    script = with_more(tmp_path, NO_EVALUATION)
+    args = ["train", "pairs", "model", *LEARN, "--steps", 1]
+    for status, out, err in ended(
+        start_on("2 x 2", *args, folders=folders, script=script)
+    ):
+        assert status != 0 and out == "" and "loss" not in err
+
+
+@pytest.mark.usefixtures("without_evaluation")
+def test_no_step_gives_its_batch_to_device_put(capsys, pairs, tmp_path, monkeypatch):
+    """JAX gathers what several processes give to it from all, to compare it."""
+    calls, real = [], jax.device_put
+
+    def device_put(*args, **kwargs):
+        calls.append(args)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(jax, "device_put", device_put)
+    counts = []
+    for steps in (1, 19):
+        calls.clear()
+        args = ["train", pairs, tmp_path / str(steps), *LEARN, "--steps", steps]
+        assert run(capsys, *args)[0] == 0
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 0
