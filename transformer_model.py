@@ -44,6 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.training import train_state
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # ---- 1 Configuration -----------------------------------------------------------------
@@ -533,7 +534,7 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
     """
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    if label_smoothing > 0:  # Without, a logit may be -inf, and 0 times inf is NaN.
+    if label_smoothing > 0:  # With 0, a logit may be -inf, and 0 inf would be NaN.
         # The mean over the classes v of -log p(v), which is logsumexp(logits) - logit v.
         of_all = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)
         losses = (1 - label_smoothing) * losses + label_smoothing * of_all
@@ -567,9 +568,10 @@ def paper_optimizer(d_model, warmup_steps=4000):
 class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, optimizer and its state), and two things more.
 
-    The paper evaluates a model with the mean of its last checkpoints (section 6.1).
-    `average` takes their place: the mean of the parameters over about the last tenth of
-    the steps so far. It follows from each step as it comes, so a run may end anywhere.
+    The paper evaluates a model with the mean of its last checkpoints (section 6.1). Here
+    `average` is a mean over all steps, in which the parameters after step k of n weigh
+    (k / n)^9 times as much as the last. So two thirds of it are from the last tenth of
+    the steps, however many they are, and a run may end at any of them.
     """
 
     average: dict  # like params
@@ -630,8 +632,8 @@ def train_step(state, batch, label_smoothing=0.1):
 
     (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state = state.apply_gradients(grads=gradients)
-    # state.step counts this step too. So the share of the new parameters is 1 at first,
-    # and about 10 / step later on.
+    # state.step counts this step, too: the share is 10 / 10 at the first. A share of
+    # 1 / step would make a plain mean of all steps; with 10, the late ones weigh more.
     share = 10 / (9 + state.step)
     average = optax.incremental_update(state.params, state.average, share)
     return state.replace(average=average), metrics
@@ -809,8 +811,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 # ---- 10 Text -------------------------------------------------------------------------
 
 FIRST_MERGE_ID = FIRST_SYMBOL_ID + 256  # The symbols before it are the 256 bytes.
-# A space belongs to the word after it. Of several, each but the last is a word of its
-# own: "a  b" has the words "a", " " and " b".
+# A word is what stands between spaces, with the one space before it; of several spaces,
+# each other one is a word of its own. So "a  b" has the words "a", " " and " b".
 WORD = re.compile(r" ?[^ ]+| ")
 
 
@@ -1000,8 +1002,8 @@ def batches_by_width(widths, batch_size, rng=None):
     """Sorts rows by width, given the width of each, and cuts them into batches. Returns
     a list of batches (numbers of the rows, width of the widest row).
 
-    With `rng`, the order within a width and that of the batches are random. Rows that
-    do not fill a batch are left out; these, too, are drawn at random.
+    In training, with `rng`, the order within a width and that of the batches are random,
+    and all batches are full: the rows that are left over are drawn at random, too.
 
     >>> batches_by_width([8, 32, 16, 8], batch_size=2)
     [(array([0, 3]), 8), (array([2, 1]), 32)]
@@ -1280,6 +1282,8 @@ def set_up(args):
     )
     optimizer = paper_optimizer(args.d_model, args.warmup)
     state = create_train_state(config, jax.random.key(args.seed), optimizer)
+    # What has to be the same where the run goes on. Files may have other names, devices
+    # may be others, and more steps may be wanted.
     may_differ = "command", "pairs", "model", "steps", "distributed"
     numbers = f"{len(train_pairs)} to train on, {len(valid_pairs)} to measure on"
     data = repr((train_pairs, valid_pairs, batch_size))
@@ -1372,9 +1376,10 @@ def split_batch(batch, sharding):
 def training_loop(run, state):
     """Does the steps that are left, and returns the state after the last of them.
 
-    There are 20 reports in a run, but one every 500 steps and every minute at least.
-    Every fifth of the 20 also measures the model. If several processes train together,
-    the first alone reports; meanwhile the others wait for it in their next step.
+    A report is due at each twentieth of all steps (or each 500, if that is less), and
+    where a minute has passed without one. It saves the run; at each fifth of these steps
+    it also measures the model. If several processes train together, the first alone
+    reports; meanwhile the others wait for it in their next step.
     """
     args, start = run.args, int(state.step)
     every = max(1, min(args.steps // 20, 500))
@@ -1382,11 +1387,7 @@ def training_loop(run, state):
     # parts are one array: it takes the mean over the labels of all devices, and jit
     # adds the communication which that needs.
     mesh = Mesh(jax.devices(), ("data",))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    # JAX raises an AssertionError here unless all processes put the same: with the
-    # state goes the digest of the pairs, which have to be the same, too.
-    digest = np.frombuffer(run.notes["digest"], np.uint8)
-    state, _ = jax.device_put((state, digest), everywhere)
+    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     by_row = NamedSharding(mesh, PartitionSpec("data"))
     batches = training_batches(
         run.train_pairs, args.max_len, run.batch_size, args.seed, start
@@ -1420,6 +1421,8 @@ def train(args, checkpoint=None):
         check_same_run(run, checkpoint)
         state = flax.serialization.from_state_dict(state, checkpoint.state)
         log(f"{args.model}: goes on after step {state.step}")
+    digest = np.frombuffer(run.notes["digest"], np.uint8)
+    multihost_utils.assert_equal(digest, "the processes do not have the same pairs")
     log(f"pairs: {run.notes['pairs']}")
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     log(f"model: {optax.tree.size(state.params):,} parameters, on {device}")
@@ -1546,7 +1549,7 @@ def main(argv=None):
             notes = checkpoint.notes
             if "options" not in notes:
                 raise InputError(f"{args.model}: not saved by the command train")
-            # Options that are not given are those of the checkpoint.
+            # An option that is not given is that of the checkpoint.
             train_parser.set_defaults(**notes["options"], steps=notes["steps"])
             args = parser.parse_args(argv)  # now with these defaults
         return train(args, checkpoint)
