@@ -149,9 +149,11 @@ def options_of(parser):
 
 def command(*args, script=SCRIPT, env=None, **kwargs):
     """Starts the script in a process of its own, without most optimisations."""
+    env = {**os.environ, **WITHOUT_OPTIMIZATIONS, **(env or {})}
+    env.pop("PYTHONUNBUFFERED", None)  # It would hide what is not printed at once.
     return subprocess.Popen(
         [sys.executable, script, *map(str, args)],
-        env={**os.environ, **WITHOUT_OPTIMIZATIONS, **(env or {})},
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         **kwargs,
@@ -1170,17 +1172,19 @@ def start_on(devices, *args, folders=(None, None), **kwargs):
     ]
 
 
-def ended(processes):
+def ended(processes, timeout=60):
     """Waits for the processes: (status, stdout, stderr) of each."""
     results = []
-    for process in processes:
-        out, err = process.communicate(timeout=60)
-        # The library that connects the processes announces itself, in pieces.
-        lines = out.decode().splitlines(keepends=True)
-        out = "".join(
-            line for line in lines if not re.search(r"\[Gloo\]|peer ranks", line)
-        )
-        results.append((process.returncode, out, err.decode()))
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=timeout)
+            # The library that connects the processes announces itself, in pieces.
+            lines = out.decode().splitlines(keepends=True)
+            lines = [x for x in lines if not re.search(r"\[Gloo\]|peer ranks", x)]
+            results.append((process.returncode, "".join(lines), err.decode()))
+    finally:
+        for process in processes:
+            process.kill()
     return results
 
 
@@ -1248,7 +1252,8 @@ def test_process_that_fails_does_not_wait_for_the_others(unequal_pairs, tmp_path
     first step, and JAX ends it then.
     """
     path = tmp_path / "nowhere" / "model"
-    first, second = ended(start_on("2 x 2", "train", unequal_pairs, path, *LEARN))
+    job = start_on("2 x 2", "train", unequal_pairs, path, *LEARN)
+    first, second = ended(job, timeout=30)
     assert first[:2] == (2, "")
     last = first[2].splitlines()[-1]
     assert last == f"error: {path}: No such file or directory"
@@ -1265,7 +1270,7 @@ def train_step(state, *args):
 """
     script = with_more(tmp_path, broken)
     args = ["train", unequal_pairs, tmp_path / "model", *LEARN, "--steps", 10000]
-    first, second = ended(start_on("2 x 2", *args, script=script))
+    first, second = ended(start_on("2 x 2", *args, script=script), timeout=30)
     assert first[:2] == (1, "") and second[0] != 0
     assert "error: after step 3 " in first[2] and "Traceback" not in first[2]
     assert tm.load_checkpoint(tmp_path / "model").state["step"] == 0
