@@ -1106,6 +1106,8 @@ def test_translation_at_a_terminal(trained):
     ours, theirs = pty.openpty()
     process = command("translate", trained, stdin=theirs)
     os.close(theirs)
+    too_late = threading.Timer(60, process.kill)
+    too_late.start()
     answers = []
     for typed in (b"abc\n", b"\n", b"abc\n"):
         assert process.stderr.read(2) == b"> "
@@ -1113,7 +1115,8 @@ def test_translation_at_a_terminal(trained):
         answers.append(process.stdout.readline())
     assert process.stderr.read(2) == b"> "
     os.write(ours, b"\x04")
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
+    too_late.cancel()
     os.close(ours)
     assert (process.returncode, out.strip(), err.strip()) == (0, b"", b"")
     assert answers[0] == answers[2] != b"\n" and answers[1] == b"\n"
