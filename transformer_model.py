@@ -1206,7 +1206,8 @@ def translate(args):
             text = one_line(tokenizer.decode(output)) if source else ""
             print(text, flush=True)
             if source and args.attention:
-                print(draw_attention(model, params, tokenizer, source, output))
+                drawing = draw_attention(model, params, tokenizer, source, output)
+                print(drawing, flush=True)
         if fault:
             raise fault
     return status
@@ -1306,7 +1307,8 @@ def check_same_run(run, checkpoint):
             raise InputError(f"{where}: {name} is {old} there and {value} here")
     if there["digest"] != here["digest"]:
         difference = f"there {there['pairs']}; here {here['pairs']}"
-        raise InputError(f"{where}: {run.args.pairs} has other pairs: {difference}")
+        files = " or ".join(filter(None, [run.args.pairs, run.args.valid]))
+        raise InputError(f"{where}: {files} has other pairs: {difference}")
 
 
 def require_finite(numbers, step):

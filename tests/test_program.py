@@ -1132,6 +1132,15 @@ def test_closed_pipe_ends_a_translation_quietly(trained):
     assert (process.wait(timeout=60), err) == (0, b"")
 
 
+def test_closed_pipe_within_a_picture_is_quiet_too(trained):
+    process = command("translate", "--attention", trained, "abc")
+    process.stdout.readline()
+    process.stdout.close()
+    with process.stderr:
+        err = process.stderr.read()
+    assert (process.wait(timeout=60), err) == (0, b"")
+
+
 def test_closed_pipe_ends_training_with_another_status(pairs, tmp_path):
     """What it printed last is lost, so that it must not look as if all were done."""
     args = ["train", pairs, tmp_path / "model", *LEARN, "--steps", 1]
