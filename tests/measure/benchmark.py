@@ -131,7 +131,12 @@ def jax_training(config, batch, model=None):
         keys = dict.fromkeys(("params", "dropout"), jax.random.key(0))
         params = jax.jit(model.init)(keys, batch["src"], batch["src"])["params"]
         assert optax.tree.size(params) == optax.tree.size(state.params)
-        new = {"params": params, "opt_state": optimizer.init(params)}
+        average = jax.tree.map(jnp.copy, params)
+        new = {
+            "params": params,
+            "opt_state": optimizer.init(params),
+            "average": average,
+        }
         state = state.replace(apply_fn=model.apply, **new)
     batch = jax.device_put(batch)
 
