@@ -134,3 +134,8 @@ def write_pairs(path, pairs):
     """Writes the pairs to a file of lines source<TAB>target, and returns its path."""
     path.write_text("".join(f"{source}\t{target}\n" for source, target in pairs))
     return path
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests come first, so that no worker is left with them at the end."""
+    items.sort(key=lambda item: item.path.name != "test_program.py")
