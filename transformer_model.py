@@ -570,7 +570,7 @@ class TrainState(train_state.TrainState):
 
     The paper evaluates a model with the mean of its last checkpoints (section 6.1). Here
     `average` is a mean over all steps, in which the parameters after step k of n weigh
-    (k / n)^9 times as much as the last. So two thirds of it are from the last tenth of
+    about (k / n)^9 times as much as the last: two thirds of it are from the last tenth of
     the steps, however many they are, and a run may end at any of them.
     """
 
@@ -1445,7 +1445,7 @@ def train(args, checkpoint=None):
 # ---- 15 Command line -----------------------------------------------------------------
 
 
-def number(kind, least, most):
+def limited(kind, least, most):
     """The type of an option, for argparse: an int or a float within limits."""
 
     def parse(text):
@@ -1466,8 +1466,8 @@ def add_option(parser, flag, kind, default, text):
 
 def add_training_options(parser, steps, batch_size, warmup, d_model, num_layers):
     """Adds the options that `demo` and `train` share, with these defaults."""
-    count, share = number(int, 1, 10**9), number(float, 0, 1)
-    seed = number(int, 0, 2**32 - 1)
+    count, share = limited(int, 1, 10**9), limited(float, 0, 1)
+    seed = limited(int, 0, 2**32 - 1)
     add = partial(add_option, parser)
     add("--steps", count, steps, "training steps in all")
     add("--batch-size", count, batch_size, "pairs in a step, on all devices together")
@@ -1515,7 +1515,7 @@ def make_parser():
     text = "without any, each line of stdin is one"
     translate.add_argument("texts", nargs="*", metavar="TEXT", help=text)
     text = "hypotheses of the search; 1 is greedy"
-    add_option(translate, "--beam-size", number(int, 1, 1000), 4, text)
+    add_option(translate, "--beam-size", limited(int, 1, 1000), 4, text)
     text = "draw what each output attended to"
     translate.add_argument("--attention", action="store_true", help=text)
     return parser, train
