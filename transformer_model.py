@@ -570,8 +570,8 @@ class TrainState(train_state.TrainState):
 
     The paper evaluates a model with the mean of its last checkpoints (section 6.1). Here
     `average` is a mean over all steps, in which the parameters after step k of n weigh
-    about (k / n)^9 times as much as the last: two thirds of it are from the last tenth of
-    the steps, however many they are, and a run may end at any of them.
+    about (k / n)^9 times as much as the last. So two thirds of it are from the last
+    tenth of the steps, however many they are, and a run may end at any of them.
     """
 
     average: dict  # like params
