@@ -56,7 +56,7 @@ FIRST_SYMBOL_ID = 3
 
 
 class InputError(ValueError):
-    """A mistake that the user can mend. The program prints it and ends with status 2."""
+    """A mistake that the user can mend. The program says it and ends with status 2."""
 
 
 class RunError(RuntimeError):
@@ -180,8 +180,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
       attend to nothing, as when all tokens are PAD, gets zeros in both.
     """
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
-    # softmax returns 0 wherever `where` is False, even in a row that is False throughout.
-    # There the paper's scores of -inf would give 0 / 0.
+    # softmax returns 0 wherever `where` is False, even in a row that is all False. There
+    # the paper's scores of -inf would give 0 / 0.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -535,7 +535,7 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if label_smoothing > 0:  # With 0, a logit may be -inf, and 0 inf would be NaN.
-        # The mean over the classes v of -log p(v), which is logsumexp(logits) - logit v.
+        # The mean over classes v of -log p(v), which is logsumexp(logits) - logit v.
         of_all = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)
         losses = (1 - label_smoothing) * losses + label_smoothing * of_all
     # optax would count a negative label from the end.
@@ -568,10 +568,10 @@ def paper_optimizer(d_model, warmup_steps=4000):
 class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, optimizer and its state), and two things more.
 
-    The paper evaluates a model with the mean of its last checkpoints (section 6.1). Here
-    `average` is a mean over all steps, in which the parameters after step k of n weigh
-    about (k / n)^9 times as much as the last. So two thirds of it are from the last
-    tenth of the steps, however many they are, and a run may end at any of them.
+    The paper evaluates a model with the mean of its last checkpoints (section 6.1).
+    Here `average` is a mean over all steps, in which the parameters after step k of n
+    weigh about (k / n)^9 times as much as the last. So two thirds of it are from the
+    last tenth of the steps, however many they are, and a run may end at any of them.
     """
 
     average: dict  # like params
@@ -641,8 +641,8 @@ def train_step(state, batch, label_smoothing=0.1):
 
 @jax.jit
 def eval_step(state, batch):
-    """The metrics of a batch as in `train_step`, but of the averaged parameters, without
-    dropout and smoothing.
+    """The metrics of a batch as in `train_step`, but of the averaged parameters and
+    without dropout and smoothing.
     """
     return loss_and_metrics(state, state.average, batch)[1]
 
@@ -1002,8 +1002,8 @@ def batches_by_width(widths, batch_size, rng=None):
     """Sorts rows by width, given the width of each, and cuts them into batches. Returns
     a list of batches (numbers of the rows, width of the widest row).
 
-    In training, with `rng`, the order within a width and that of the batches are random,
-    and all batches are full: the rows that are left over are drawn at random, too.
+    In training, with `rng`, the order within a width and that of the batches are
+    random, and all batches are full: the rows left over are drawn at random, too.
 
     >>> batches_by_width([8, 32, 16, 8], batch_size=2)
     [(array([0, 3]), 8), (array([2, 1]), 32)]
@@ -1161,8 +1161,8 @@ def draw_attention(model, params, tokenizer, source, output):
 
 
 def chunks_of_lines(texts):
-    """Yields lists of lines, as bytes: the texts or, without any, the lines of stdin. At
-    a terminal each line is a list of its own, and has a prompt on stderr before it.
+    """Yields lists of lines, as bytes: the texts or, without any, the lines of stdin.
+    At a terminal each line is a list of its own, and has a prompt on stderr before it.
     """
     if texts:
         yield [os.fsencode(text) for text in texts]
@@ -1180,8 +1180,8 @@ def chunks_of_lines(texts):
 def translate(args):
     """Prints a line for each text: its translation, or an empty one if it has none.
 
-    Returns the exit status, 2 if a line was too long. A line that is not UTF-8 raises an
-    InputError, once the lines before it are translated.
+    Returns the exit status, 2 if a line was too long. A line that is not UTF-8 raises
+    an InputError, once the lines before it are translated.
     """
     config, tokenizer, state, _ = load_checkpoint(args.model)
     model, params = Transformer(config), jax.device_put(state["average"])
@@ -1262,7 +1262,7 @@ def set_up(args):
     train_pairs = encode_pairs(args.pairs, texts, tokenizer, args.max_len)
     path = args.valid or args.pairs
     valid_pairs = encode_pairs(path, valid_texts, tokenizer, args.max_len)
-    # Few pairs make a smaller batch. Each device gets as many of its rows as the others.
+    # Few pairs make a smaller batch. All devices get the same number of its rows.
     num_devices = jax.device_count()
     batch_size = min(args.batch_size, len(train_pairs))
     batch_size -= batch_size % num_devices
@@ -1379,9 +1379,9 @@ def training_loop(run, state):
     """Does the steps that are left, and returns the state after the last of them.
 
     A report is due at each twentieth of all steps (or each 500, if that is less), and
-    where a minute has passed without one. It saves the run; at each fifth of these steps
-    it also measures the model. If several processes train together, the first alone
-    reports; meanwhile the others wait for it in their next step.
+    where a minute has passed without one. It saves the run; at each fifth of these
+    steps it also measures the model. If several processes train together, the first
+    alone reports; meanwhile the others wait for it in their next step.
     """
     args, start = run.args, int(state.step)
     every = max(1, min(args.steps // 20, 500))

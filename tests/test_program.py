@@ -4,6 +4,7 @@ Nearly all of it runs in this process. Processes of their own are started where 
 terminal, a closed pipe or several devices are what is tested.
 """
 
+import contextlib
 import functools
 import io
 import os
@@ -688,6 +689,32 @@ def test_reports_come_at_least_once_a_minute(capsys, pairs, tmp_path, monkeypatc
     reports = [int(step) for step in re.findall("^step +([0-9]+)", err, re.MULTILINE)]
     assert saved == [0, *reports] == [0, 4, 7, 10]
     assert tm.load_checkpoint(path).state["step"] == 10
+
+
+@pytest.mark.usefixtures("without_evaluation")
+@pytest.mark.parametrize(
+    "steps, expected",
+    [
+        (45, [0, *range(2, 45, 2), 45]),  # the last step is none of the twentieths
+        (20_000, [0, 500, 1000]),  # a twentieth would be 1,000
+    ],
+)
+def test_reports_come_at_the_last_step_and_each_500(
+    capsys, pairs, tmp_path, monkeypatch, steps, expected
+):
+    """With steps that do nothing but count, until the last one that is expected."""
+    saved = []
+
+    def train_step(state, batch, label_smoothing):
+        if saved[-1] == expected[-1]:
+            raise Stop
+        return state.replace(step=state.step + 1), {"loss": 1.0, "accuracy": 0.0}
+
+    monkeypatch.setattr(tm, "train_step", train_step)
+    monkeypatch.setattr(tm, "save", lambda run, state: saved.append(int(state.step)))
+    with contextlib.suppress(Stop):
+        run(capsys, "train", pairs, tmp_path / "model", *LEARN, "--steps", steps)
+    assert saved == expected
 
 
 # ---- What ends a run -----------------------------------------------------------------
