@@ -59,10 +59,6 @@ class InputError(ValueError):
     """A mistake that the user can mend. The program says it and ends with status 2."""
 
 
-class RunError(RuntimeError):
-    """What ends a run whose input was right. The program ends with status 1."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """What defines a model. The defaults are the paper's base model (Table 3).
@@ -426,20 +422,6 @@ class Transformer(nn.Module):
         block = more["intermediates"]["decoder"]["blocks_0"]
         (weights,) = block["cross_attention"]["weights"]  # [B, H, T, S], in a tuple
 
-    By default, this is the tree of the parameters:
-
-        embedding                           [V, D]
-        encoder
-          blocks_0, blocks_1, ...
-            self_attention
-              query, key, value, output     kernel [D, D], bias [D]
-            feed_forward
-              inner                         kernel [D, F], bias [F]
-              outer                         kernel [F, D], bias [D]
-            add_and_norm_0, add_and_norm_1
-              norm                          scale [D], bias [D]
-        decoder     the same, with a cross_attention and an add_and_norm_2 in each block
-
     A token outside the vocabulary gives NaN; a length above max_len, a ValueError.
     """
 
@@ -579,9 +561,8 @@ class TrainState(train_state.TrainState):
 
 
 def create_train_state(config, key, optimizer=None):
-    """New parameters, drawn from `key`, with what it takes to train them.
-
-    `optimizer` is optax's; None stands for the paper's.
+    """New parameters, drawn from `key`, and what it takes to train them with an optax
+    optimizer; None stands for the paper's.
     """
     if config.head != "logits":
         raise ValueError(f'head must be "logits" for training, not {config.head!r}')
@@ -622,8 +603,8 @@ def train_step(state, batch, label_smoothing=0.1):
 
     Returns:
       The new state, and the metrics of the batch before the step, "loss" and
-      "accuracy". The latter is the share of labels that have the highest logit. Both
-      stay on the device, so that a caller need not wait for them.
+      "accuracy", the share of labels that have the highest logit. Both stay on the
+      device, so that a caller need not wait for them.
     """
     rngs = {"dropout": jax.random.fold_in(state.dropout_key, state.step)}
 
@@ -632,8 +613,8 @@ def train_step(state, batch, label_smoothing=0.1):
 
     (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state = state.apply_gradients(grads=gradients)
-    # state.step counts this step, too: the share is 10 / 10 at the first. A share of
-    # 1 / step would make a plain mean of all steps; with 10, the late ones weigh more.
+    # state.step is 1 after the first step. With a share of 1 / step, the average would
+    # be a plain mean of all steps; with this one, the late steps weigh more.
     share = 10 / (9 + state.step)
     average = optax.incremental_update(state.params, state.average, share)
     return state.replace(average=average), metrics
@@ -641,9 +622,7 @@ def train_step(state, batch, label_smoothing=0.1):
 
 @jax.jit
 def eval_step(state, batch):
-    """The metrics of a batch as in `train_step`, but of the averaged parameters and
-    without dropout and smoothing.
-    """
+    """Metrics as in `train_step`, of `average` and without dropout and smoothing."""
     return loss_and_metrics(state, state.average, batch)[1]
 
 
@@ -658,8 +637,7 @@ def start_decoding(model, params, src, max_len, beam_size=1):
       encoded: the pair (memory_kv, memory_mask), which the `Decoder` takes.
       tokens: int32 [B * W, L], where L is max_len + 1. BOS comes first, then PAD, which
         the search replaces.
-      cache: empty, of length L, so that it fits the mask made of `tokens`. (Its last
-        place is never used, as the decoder never gets the last token.)
+      cache: empty, of the same length L, as the mask made of `tokens` has to fit it.
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -703,7 +681,7 @@ def has_ended(tokens):
 
 
 def is_unfinished(carry):
-    """Whether a search goes on. The carry, its state between two steps, is a tuple: the
+    """Whether a search goes on. The carry is its state between two steps, a tuple: the
     position of the last token, all tokens so far, and what else the search needs.
     """
     position, tokens, *_ = carry
@@ -760,9 +738,7 @@ def best_continuations(log_p, ended, next_log_p):
 
 
 def length_penalty(tokens, alpha):
-    """((5 + length) / 6)^alpha of tokens without BOS: int [..., L] -> float32 [...].
-    EOS counts in the length.
-    """
+    """Tokens from after BOS up to EOS, int [..., L] -> ((5 + length) / 6)^alpha, [...]."""
     length = jnp.argmax(tokens == EOS_ID, axis=-1) + 1
     length = jnp.where(has_ended(tokens), length, tokens.shape[-1])
     return ((5 + length) / 6) ** alpha
@@ -773,7 +749,7 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     """Looks for the W = `beam_size` likeliest targets of each source (section 6.1).
 
     At each step the W likeliest hypotheses of a source are kept, ended ones among them.
-    `alpha` is the exponent of the length penalty. src int [B, S] ->
+    src int [B, S] ->
 
       tokens: int32 [B, W, max_len], without BOS, PAD after EOS, best first.
       scores: float32 [B, W], log P / ((5 + length) / 6)^alpha.
@@ -932,20 +908,17 @@ def decode_line(line, where):
 def read_pairs(path):
     """A UTF-8 file of lines `source<TAB>target` -> list of (source, target), str.
 
-    A line that is no pair raises an InputError with file, line and reason. A file that
-    cannot be read raises an OSError.
+    A line that is no pair raises an InputError that names it. A file that cannot be
+    read raises an OSError.
     """
     pairs = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
-            pair = tuple(decode_line(line, where).split("\t"))
-            if len(pair) != 2:
-                advice = " (cut -f 1,2 keeps two columns)" if len(pair) > 2 else ""
-                found = f"found {len(pair) - 1}{advice}"
-                raise InputError(f"{where}: need exactly one tab, {found}")
-            if "" in pair:
-                raise InputError(f"{where}: empty {'target' if pair[0] else 'source'}")
+            text = decode_line(line, where)
+            pair = tuple(text.split("\t"))
+            if len(pair) != 2 or "" in pair:
+                raise InputError(f"{where}: not source<TAB>target: {text[:40]!r}")
             pairs.append(pair)
     return pairs
 
@@ -988,7 +961,7 @@ def width_of(lists, max_width):
     It has room for the longest of the lists, and EOS. As jit compiles for each width,
     there are few: max_width, half of it, a quarter, and so on, and none below 8.
 
-    >>> [width_of(([5] * n,), max_width=32) for n in (20, 15, 1)]
+    >>> [width_of([[5] * n], max_width=32) for n in (20, 15, 1)]
     [32, 16, 8]
     """
     needed = max(len(tokens) + 1 for tokens in lists)
@@ -998,41 +971,35 @@ def width_of(lists, max_width):
     return width
 
 
-def batches_by_width(widths, batch_size, rng=None):
-    """Sorts rows by width, given the width of each, and cuts them into batches. Returns
-    a list of batches (numbers of the rows, width of the widest row).
+def training_batches(pairs, max_width, batch_size, seed):
+    """Yields batches for ever, epoch after epoch, each in a new random order.
 
-    In training, with `rng`, the order within a width and that of the batches are
-    random, and all batches are full: the rows left over are drawn at random, too.
-
-    >>> batches_by_width([8, 32, 16, 8], batch_size=2)
-    [(array([0, 3]), 8), (array([2, 1]), 32)]
+    Pairs of one width come together. All batches are full; the pairs left over, fewer
+    than `batch_size`, are others in each epoch. The batches follow from the arguments
+    alone, so that a run can be taken up again.
     """
-    widths, rows = np.array(widths), np.arange(len(widths))
-    if rng is not None:
-        num_whole = len(rows) // batch_size
-        rows = rng.permutation(rows)[: num_whole * batch_size]
-    rows = rows[np.argsort(widths[rows], kind="stable")]  # Equal ones stay shuffled.
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    if rng is not None:
-        rng.shuffle(batches)
-    return [(batch, int(widths[batch].max())) for batch in batches]
-
-
-def training_batches(pairs, max_width, batch_size, seed, start=0):
-    """Yields the batches of all steps after the first `start`, epoch after epoch.
-
-    They follow from these arguments alone, so that a run can be taken up again. There
-    must be at least `batch_size` pairs.
-    """
-    widths = [width_of(pair, max_width) for pair in pairs]
-    step = 0
+    widths = np.array([width_of(pair, max_width) for pair in pairs])
+    num_batches = len(pairs) // batch_size
     for epoch in itertools.count():
         rng = np.random.default_rng([seed, epoch])
-        for numbers, width in batches_by_width(widths, batch_size, rng):
-            if step >= start:
-                yield to_batch([pairs[i] for i in numbers], width)
-            step += 1
+        rows = rng.permutation(len(pairs))[: num_batches * batch_size]
+        rows = rows[
+            np.argsort(widths[rows], kind="stable")
+        ]  # Equal ones stay shuffled.
+        for batch in rng.permutation(rows.reshape(num_batches, batch_size)):
+            yield to_batch([pairs[i] for i in batch], max(widths[batch]))
+
+
+def batches_by_width(widths, batch_size=64):
+    """Sorts rows by width, and yields them in batches: (their numbers, their width).
+
+    >>> list(batches_by_width([8, 32, 16, 8], batch_size=2))
+    [([0, 3], 8), ([2, 1], 32)]
+    """
+    order = sorted(range(len(widths)), key=widths.__getitem__)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        yield rows, widths[rows[-1]]
 
 
 # ---- 12 Checkpoints ------------------------------------------------------------------
@@ -1112,15 +1079,14 @@ def decode_all(model, params, sources, beam_size):
     """
     longest = model.config.max_len
     outputs = [None] * len(sources)
-    widths = [width_of((source,), longest) for source in sources]
-    for numbers, width in batches_by_width(widths, batch_size=64):
-        src = pad([[*sources[i], EOS_ID] for i in numbers], width)
+    for rows, width in batches_by_width([width_of([s], longest) for s in sources]):
+        src = pad([[*sources[i], EOS_ID] for i in rows], width)
         max_len = min(width + 50, longest)
         if beam_size == 1:
             best = greedy_decode(model, params, src, max_len)
         else:
             best = beam_search(model, params, src, max_len, beam_size)[0][:, 0]
-        for i, tokens in zip(numbers, best.tolist()):
+        for i, tokens in zip(rows, best.tolist()):
             outputs[i] = list(itertools.takewhile(lambda t: t != EOS_ID, tokens))
     return outputs
 
@@ -1130,23 +1096,20 @@ def draw_attention(model, params, tokenizer, source, output):
 
     A row is what the decoder looked at to find the token that the row is named after.
     """
-
-    def name_of(token):
-        text = "EOS" if token == EOS_ID else tokenizer.decode([token])
-        return "".join(c if c.isprintable() else "?" for c in text.replace(" ", "_"))
-
-    # As in training, the label of a position is the next token. An output of max_len
-    # tokens has no EOS.
+    # As in training, the label of a position is the next token. An output that is as
+    # long as the model allows has no EOS.
     src, longest = [*source, EOS_ID], model.config.max_len
     tgt, labels = [BOS_ID, *output][:longest], [*output, EOS_ID][:longest]
-    apply = jax.jit(model.apply, static_argnames="mutable")
     inputs = np.array([src]), np.array([tgt])
-    _, variables = apply({"params": params}, *inputs, mutable="intermediates")
-    block = variables["intermediates"]["decoder"][
-        f"blocks_{model.config.num_layers - 1}"
-    ]
+    _, variables = model.apply({"params": params}, *inputs, mutable="intermediates")
+    last_block = f"blocks_{model.config.num_layers - 1}"
+    block = variables["intermediates"]["decoder"][last_block]
     (weights,) = block["cross_attention"]["weights"]  # [1, H, T, S]
-    columns, names = ([name_of(token) for token in row] for row in (src, labels))
+
+    def names_of(tokens):  # EOS has no text.
+        return [tokenizer.decode([t]).replace(" ", "_") or "EOS" for t in tokens]
+
+    columns, names = names_of(src), names_of(labels)
     margin, shades = max(map(len, names)), " .:-=+*#%@"
     lines = [
         "Cross-attention in the last block, the mean of its heads: source across,",
@@ -1160,57 +1123,35 @@ def draw_attention(model, params, tokenizer, source, output):
     return "\n".join(lines)
 
 
-def chunks_of_lines(texts):
-    """Yields lists of lines, as bytes: the texts or, without any, the lines of stdin.
-    At a terminal each line is a list of its own, and has a prompt on stderr before it.
-    """
-    if texts:
-        yield [os.fsencode(text) for text in texts]
-        return
-    is_typed = sys.stdin.isatty()
-    while True:
-        if is_typed:
-            print("> ", end="", file=sys.stderr, flush=True)
-        chunk = list(itertools.islice(sys.stdin.buffer, 1 if is_typed else 1024))
-        if not chunk:
-            return
-        yield chunk
-
-
 def translate(args):
-    """Prints a line for each text: its translation, or an empty one if it has none.
-
-    Returns the exit status, 2 if a line was too long. A line that is not UTF-8 raises
-    an InputError, once the lines before it are translated.
+    """Prints a line for each text, or without any for each line of stdin: its
+    translation, or an empty line if it is empty or too long. At a terminal each line is
+    answered at once. Returns the exit status, 2 if a line was too long.
     """
     config, tokenizer, state, _ = load_checkpoint(args.model)
     model, params = Transformer(config), jax.device_put(state["average"])
-    number, status = 0, 0
-    for chunk in chunks_of_lines(args.texts):
-        sources, fault = [], None
-        for line in chunk:
-            number += 1
-            try:
-                source = tokenizer.encode(decode_line(line, f"line {number}"))
-            except InputError as error:
-                fault = error
-                break
+    texts = map(os.fsencode, args.texts) if args.texts else sys.stdin.buffer
+    is_typed = not args.texts and sys.stdin.isatty()
+    lines, status = enumerate(texts, 1), 0
+    while True:
+        if is_typed:
+            print("> ", end="", file=sys.stderr, flush=True)
+        sources = []
+        for number, line in itertools.islice(lines, 1 if is_typed else 1024):
+            source = tokenizer.encode(decode_line(line, f"line {number}"))
             if len(source) >= config.max_len:
                 most = f"the most is {config.max_len - 1}"
                 log(f"error: line {number}: {len(source)} tokens, {most}")
                 source, status = [], 2
             sources.append(source)
+        if not sources:
+            return status
         outputs = decode_all(model, params, sources, args.beam_size)
         for source, output in zip(sources, outputs):
-            # For an empty source, whatever its output is, the line is empty.
-            text = one_line(tokenizer.decode(output)) if source else ""
-            print(text, flush=True)
+            print(one_line(tokenizer.decode(output)) if source else "", flush=True)
             if source and args.attention:
                 drawing = draw_attention(model, params, tokenizer, source, output)
                 print(drawing, flush=True)
-        if fault:
-            raise fault
-    return status
 
 
 # ---- 14 A training run ---------------------------------------------------------------
@@ -1267,9 +1208,8 @@ def set_up(args):
     batch_size = min(args.batch_size, len(train_pairs))
     batch_size -= batch_size % num_devices
     if batch_size == 0:
-        raise InputError(
-            f"{args.pairs}: a batch needs a pair for each of {num_devices} devices"
-        )
+        need = f"a batch needs a pair for each of {num_devices} devices"
+        raise InputError(f"{args.pairs}: {need}")
     config = TransformerConfig(
         src_vocab_size=tokenizer.vocab_size,
         tgt_vocab_size=tokenizer.vocab_size,
@@ -1312,76 +1252,61 @@ def check_same_run(run, checkpoint):
 
 
 def require_finite(numbers, step):
-    """Raises a RunError if a number in the tree `numbers` is not finite. Of several
-    processes, one that ends so ends them all (see the last lines of this file).
-    """
+    """Raises a FloatingPointError if a number in the tree `numbers` is not finite."""
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(numbers)):
         problem = f"after step {step} the loss or a parameter is not finite"
-        raise RunError(f"{problem}; a longer --warmup may help")
+        raise FloatingPointError(f"{problem}; a longer --warmup may help")
 
 
 def save(run, state):
     """Saves a checkpoint, if the options name one."""
     state = jax.device_get(state)
-    # The step may have had a finite loss, and have broken the parameters all the same.
-    require_finite(state.params, int(state.step))
+    # A step can have a finite loss, and break the parameters all the same.
+    require_finite(state.params, state.step)
     if run.args.model:
         config = run.model.config
         save_checkpoint(run.args.model, config, run.tokenizer, state, **run.notes)
 
 
-def progress(step, steps, metrics, seconds_per_step):
-    """Returns the line of a report."""
-    loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
-    left = round((steps - step) * seconds_per_step)
-    return (
-        f"step {step:>{len(str(steps))}} of {steps}  loss {loss:.4f}"
-        f"  accuracy {accuracy:6.1%}  {1000 * seconds_per_step:.0f} ms a step"
-        f"  {left // 60}:{left % 60:02} left"
-    )
-
-
 def evaluate(run, state, beam_size, num_shown, file):
     """Prints to `file` the score on unseen pairs, and some of them."""
-    # Only the first process evaluates, so that what eval_step needs of the state has to
-    # come to one of its devices.
+    # The first process evaluates alone. So the state, which is on the devices of all
+    # processes, has to leave them.
     state = jax.device_get(state.replace(params=(), opt_state=()))
-    state = jax.device_put(state, jax.local_devices()[0])
     pairs, losses, num_labels = run.valid_pairs, [], []
     widths = [width_of(pair, run.args.max_len) for pair in pairs]
-    for numbers, width in batches_by_width(widths, batch_size=64):
-        batch = to_batch([pairs[i] for i in numbers], width)
-        losses.append(float(eval_step(state, batch)["loss"]))
-        num_labels.append((batch["tgt"][:, 1:] != PAD_ID).sum())
+    for rows, width in batches_by_width(widths):
+        batch = to_batch([pairs[i] for i in rows], width)
+        losses.append(eval_step(state, batch)["loss"])
+        num_labels.append(np.sum(batch["tgt"][:, 1:] != PAD_ID))
     loss = np.average(losses, weights=num_labels)
     sources, decode = [source for source, _ in pairs], run.tokenizer.decode
     outputs = decode_all(run.model, state.average, sources, beam_size)
-    rows = [(decode(s), decode(t), decode(o)) for (s, t), o in zip(pairs, outputs)]
-    right = sum(target == output for _, target, output in rows)
-    share = f"{right} of {len(rows)} exactly right ({right / len(rows):.1%})"
+    texts = [(decode(s), decode(t), decode(o)) for (s, t), o in zip(pairs, outputs)]
+    right = sum(target == output for _, target, output in texts)
+    share = f"{right} of {len(texts)} exactly right ({right / len(texts):.1%})"
     print(f"unseen pairs: loss {loss:.4f}, {share}", file=file)
-    for source, target, output in rows[:num_shown]:
-        wrong = "" if output == target else f"   not {one_line(target)}"
-        print(
-            f"  {one_line(source)} -> {one_line(output)}{wrong}", file=file, flush=True
-        )
+    for source, target, output in texts[:num_shown]:
+        wrong = "" if output == target else f"   not {target}"
+        print(" ", one_line(f"{source} -> {output}{wrong}"), file=file, flush=True)
 
 
 def split_batch(batch, sharding):
-    """Splits a batch, which is the same in every process, among all devices."""
-    return {
-        name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
-        for name, x in batch.items()
-    }
+    """Splits a batch, which every process has, among the devices of all of them."""
+
+    def split(x):
+        return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
+
+    return jax.tree.map(split, batch)
 
 
 def training_loop(run, state):
     """Does the steps that are left, and returns the state after the last of them.
 
-    A report is due at each twentieth of all steps (or each 500, if that is less), and
-    where a minute has passed without one. It saves the run; at each fifth of these
-    steps it also measures the model. If several processes train together, the first
-    alone reports; meanwhile the others wait for it in their next step.
+    At each twentieth of all steps (or each 500, if that is less), and where a minute
+    has passed without, it reports and saves; at each fifth of these steps it also
+    measures the model. Of several processes, the first alone does this, and the others
+    wait for it in their next step.
     """
     args, start = run.args, int(state.step)
     every = max(1, min(args.steps // 20, 500))
@@ -1391,29 +1316,26 @@ def training_loop(run, state):
     mesh = Mesh(jax.devices(), ("data",))
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     by_row = NamedSharding(mesh, PartitionSpec("data"))
-    batches = training_batches(
-        run.train_pairs, args.max_len, run.batch_size, args.seed, start
-    )
-    last_step, last_time = start, time.perf_counter()  # of the last report
-    for step in range(start + 1, args.steps + 1):
-        batch = split_batch(next(batches), by_row)
+    batches = training_batches(run.train_pairs, args.max_len, run.batch_size, args.seed)
+    began = reported = time.monotonic()
+    steps_left = range(start + 1, args.steps + 1)
+    for step, batch in zip(steps_left, itertools.islice(batches, start, None)):
+        batch = split_batch(batch, by_row)
         state, metrics = train_step(state, batch, args.label_smoothing)
         require_finite(metrics, step)  # This waits for the step.
-        if step == start + 1:  # It was spent on compilation, and is not timed.
-            last_step, last_time = step, time.perf_counter()
-        seconds = time.perf_counter() - last_time
-        is_due = step % every == 0 or step == args.steps or seconds > 60
+        now = time.monotonic()
+        is_due = step % every == 0 or step == args.steps or now - reported > 60
         if is_due and jax.process_index() == 0:
             save(run, state)
-            per_step = seconds / max(1, step - last_step)
-            log(progress(step, args.steps, metrics, per_step))
+            numbers = f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:6.1%}"
+            log(f"step {step:5} of {args.steps}  {numbers}  {now - began:.0f} s")
             if step % (5 * every) == 0 and step < args.steps:
                 evaluate(run, state, beam_size=1, num_shown=3, file=sys.stderr)
-            last_step, last_time = step, time.perf_counter()
+            reported = time.monotonic()
     return state
 
 
-def train(args, checkpoint=None):
+def train(args, checkpoint):
     """Runs the demo, or trains on a file of pairs; shows what was learnt.
 
     `checkpoint` is the Checkpoint to go on from; None starts anew.
@@ -1428,18 +1350,18 @@ def train(args, checkpoint=None):
     log(f"pairs: {run.notes['pairs']}")
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     log(f"model: {optax.tree.size(state.params):,} parameters, on {device}")
-    if state.step < args.steps and jax.process_index() == 0:
+    is_first = jax.process_index() == 0
+    if is_first and state.step < args.steps:
         try:  # What cannot be written is to be known before training.
             save(run, state)
         except OSError as error:
             raise InputError(f"{args.model}: {error.strerror}") from None
     state = training_loop(run, state)
-    if jax.process_index() == 0:
+    if is_first:
         print()
         evaluate(run, state, beam_size=4, num_shown=6, file=sys.stdout)
         params, example = jax.device_get(state.average), run.valid_pairs[0]
         print("\n" + draw_attention(run.model, params, run.tokenizer, *example))
-    return 0
 
 
 # ---- 15 Command line -----------------------------------------------------------------
@@ -1448,14 +1370,13 @@ def train(args, checkpoint=None):
 def limited(kind, least, most):
     """The type of an option, for argparse: an int or a float within limits."""
 
-    def parse(text):
+    def number(text):  # argparse shows the name, as in "invalid number value: 'x'".
         value = kind(text)
         if not least <= value <= most:
             raise argparse.ArgumentTypeError(f"must be {least} to {most}, not {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it where `kind` fails.
-    return parse
+    return number
 
 
 def add_option(parser, flag, kind, default, text):
@@ -1467,14 +1388,13 @@ def add_option(parser, flag, kind, default, text):
 def add_training_options(parser, steps, batch_size, warmup, d_model, num_layers):
     """Adds the options that `demo` and `train` share, with these defaults."""
     count, share = limited(int, 1, 10**9), limited(float, 0, 1)
-    seed = limited(int, 0, 2**32 - 1)
     add = partial(add_option, parser)
     add("--steps", count, steps, "training steps in all")
     add("--batch-size", count, batch_size, "pairs in a step, on all devices together")
     add("--warmup", count, warmup, "steps in which the learning rate rises (Eq. 3)")
     add("--dropout", share, 0.1, "dropout rate (section 5.4)")
     add("--label-smoothing", share, 0.1, "label smoothing (section 5.4)")
-    add("--seed", seed, 0, "of all that is random")
+    add("--seed", limited(int, 0, 2**32 - 1), 0, "of all that is random")
     add("--d-model", count, d_model, "width; the inner width d_ff is 4 times that")
     add("--num-heads", count, 4, "attention heads")
     add("--num-layers", count, num_layers, "blocks in each stack")
@@ -1549,17 +1469,16 @@ def main(argv=None):
         if args.model and os.path.exists(args.model):
             checkpoint = load_checkpoint(args.model)
             notes = checkpoint.notes
-            if "options" not in notes:
-                raise InputError(f"{args.model}: not saved by the command train")
-            # An option that is not given is that of the checkpoint.
+            # Parsed again, options that are not given are those of the checkpoint.
             train_parser.set_defaults(**notes["options"], steps=notes["steps"])
-            args = parser.parse_args(argv)  # now with these defaults
-        return train(args, checkpoint)
+            args = parser.parse_args(argv)
+        train(args, checkpoint)
+        return 0
     except SystemExit as error:  # argparse ends so, after a mistake and after --help.
         return error.code
-    except (InputError, RunError) as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        return 2
     except BrokenPipeError:
         if argv[0] != "translate":
             raise

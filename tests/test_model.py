@@ -10,14 +10,13 @@ import dataclasses
 import doctest
 import math
 import pathlib
-import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, VOCAB, random_params, random_tokens
+from conftest import TINY, random_params, random_tokens
 
 import transformer_model as tm
 
@@ -554,56 +553,6 @@ def test_examples_of_the_docstrings():
     assert results.failed == 0 and results.attempted >= 9
     for example in (tm.causal_mask, tm.positional_encoding, tm.best_continuations):
         assert ">>>" in example.__doc__
-
-
-def drawn_parameters():
-    """Reads the tree in Transformer's docstring: paths of two blocks' arrays -> shapes."""
-    size = {"V": VOCAB, "D": TINY.d_model, "F": TINY.d_ff}
-    drawing = tm.Transformer.__doc__.split("the tree of the parameters:\n\n")[1]
-    found, parents = {}, []  # parents: (indentation, paths)
-    for line in drawing.split("\n\n")[0].splitlines():
-        indentation = len(line) - len(line.lstrip())
-        names, _, rest = line.strip().partition("  ")
-        while parents and parents[-1][0] >= indentation:
-            parents.pop()
-        above = parents[-1][1] if parents else [""]
-        names = [name for name in names.split(", ") if name != "..."]
-        paths = [f"{path}/{name}" for path in above for name in names]
-        parents.append((indentation, paths))
-        for leaf, shape in re.findall(r"(\w*) ?\[([^]]*)\]", rest):
-            shape = tuple(size[letter] for letter in shape.split(", "))
-            found |= {f"{path}/{leaf}".rstrip("/"): shape for path in paths}
-    return found
-
-
-def test_drawing_of_the_parameters_is_right():
-    """Of the encoder every array is drawn, with its shape. The decoder has the same, and
-    in each block what the drawing says; pre-norm, a LayerNorm more in each stack.
-    """
-
-    def real(**change):
-        model = tm.Transformer(
-            dataclasses.replace(TINY, share_embeddings=True, **change)
-        )
-        tree = jax.eval_shape(model.init, jax.random.key(0), SRC, TGT)["params"]
-        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-        return {
-            "".join(f"/{key.key}" for key in path): leaf.shape for path, leaf in flat
-        }
-
-    drawn, expected = drawn_parameters(), {}
-    assert len(drawn) == 1 + 2 * (8 + 4 + 4)
-    for path, shape in drawn.items():
-        expected[path] = shape
-        in_decoder = path.replace("/encoder/", "/decoder/")
-        expected[in_decoder] = shape
-        cross = in_decoder.replace("self_attention", "cross_attention")
-        expected[cross] = shape
-        expected[in_decoder.replace("add_and_norm_1", "add_and_norm_2")] = shape
-    assert real() == expected
-    for stack in ("encoder", "decoder"):
-        expected[f"/{stack}/norm/scale"] = expected[f"/{stack}/norm/bias"] = (16,)
-    assert real(norm_first=True) == expected
 
 
 # ---- Dropout -------------------------------------------------------------------------

@@ -272,14 +272,12 @@ def test_read_pairs(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"a\tb\nc d\n", "line 2: need exactly one tab, found 0"),
-        (
-            b"a\tb\tc\n",
-            "line 1: need exactly one tab, found 2 (cut -f 1,2 keeps two columns)",
-        ),
-        (b"a\tb\n\n", "line 2: need exactly one tab, found 0"),
-        (b"a\tb\n\tc\n", "line 2: empty source"),
-        (b"a\tb\nc\t\r\n", "line 2: empty target"),
+        (b"a\tb\nc d\n", "line 2: not source<TAB>target: 'c d'"),
+        (b"a\tb\tc\n", "line 1: not source<TAB>target: 'a\\tb\\tc'"),
+        (b"a\tb\n\n", "line 2: not source<TAB>target: ''"),
+        (b"a\tb\n\tc\n", "line 2: not source<TAB>target: '\\tc'"),
+        (b"a\tb\nc\t\r\n", "line 2: not source<TAB>target: 'c\\t'"),
+        (b"a" * 50, f"line 1: not source<TAB>target: '{'a' * 40}'"),
         (b"a\tb\nc\t\xff\n", "line 2: not UTF-8 at byte 3"),
         # The byte order mark counts: it is three of the line's bytes.
         (b"\xef\xbb\xbfa\t\xe4\n", "line 1: not UTF-8 at byte 6"),
@@ -340,55 +338,75 @@ def random_pairs(count, longest=60, seed=0):
     return [([3 + i] * s, [4] * t) for i, (s, t) in enumerate(lengths)]
 
 
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_batches_hold_every_row_once_and_are_no_wider_than_need_be(shuffled):
-    pairs, rng = random_pairs(1000), np.random.default_rng(0)
-    widths = [tm.width_of(pair, 61) for pair in pairs]
-    batches = tm.batches_by_width(widths, 32, rng if shuffled else None)
-    seen = np.concatenate([numbers for numbers, _ in batches])
-    assert len(seen) == len(set(seen)) == (992 if shuffled else 1000)
-    sizes = sorted(len(numbers) for numbers, _ in batches)
-    assert sizes == ([32] * 31 if shuffled else [1000 % 32] + [32] * 31)
-    for numbers, width in batches:
-        assert width == max(widths[i] for i in numbers)
-    # Rows of different widths share at most one batch at each of the two borders.
-    mixed = [b for b, _ in batches if len({widths[i] for i in b}) > 1]
-    assert len(mixed) <= 2
+def test_batches_hold_every_row_once_and_are_no_wider_than_need_be():
+    widths = [tm.width_of(pair, 61) for pair in random_pairs(1000)]
+    batches = list(tm.batches_by_width(widths, 32))
+    assert sorted(i for rows, _ in batches for i in rows) == [*range(1000)]
+    assert [len(rows) for rows, _ in batches] == [32] * 31 + [8]
     in_order = [width for _, width in batches]
-    assert (in_order == sorted(in_order)) != shuffled
+    assert in_order == sorted(in_order) and {*in_order} == {15, 30, 61}
+    for rows, width in batches:
+        assert width == max(widths[i] for i in rows)
+    assert len(next(tm.batches_by_width(widths))[0]) == 64
+    assert list(tm.batches_by_width([])) == []
 
 
-def test_rows_left_out_are_not_always_the_same():
+def epochs(pairs, max_width, batch_size, count, seed=0):
+    """The first epochs of training, as lists of batches."""
+    batches = tm.training_batches(pairs, max_width, batch_size, seed)
+    length = len(pairs) // batch_size
+    return [[next(batches) for _ in range(length)] for _ in range(count)]
+
+
+def numbers_of(batch):
+    """Which of `random_pairs` are in a batch."""
+    return (batch["src"][:, 0] - 3).tolist()
+
+
+def test_epoch_has_every_pair_once_in_full_batches_of_like_width():
+    pairs = random_pairs(1000)
+    widths = [tm.width_of(pair, 61) for pair in pairs]
+    for epoch in epochs(pairs, 61, 32, count=2):
+        seen = [i for batch in epoch for i in numbers_of(batch)]
+        assert len(seen) == len(set(seen)) == 31 * 32
+        mixed, in_order = 0, []
+        for batch in epoch:
+            expected = {widths[i] for i in numbers_of(batch)}
+            assert batch["src"].shape == (32, max(expected))
+            assert batch["tgt"].shape == (32, max(expected) + 1)
+            mixed += len(expected) > 1
+            in_order.append(max(expected))
+        # Rows of different widths share at most one batch at each of the two borders.
+        assert mixed <= 2 and in_order != sorted(in_order)
+
+
+def test_pairs_left_out_are_not_always_the_same():
     """Those of the last width would be, if rows were cut into batches and then drawn."""
-    widths, seen = [8] * 30 + [16] * 7, set()
-    for seed in range(20):
-        batches = tm.batches_by_width(widths, 4, np.random.default_rng(seed))
-        assert sum(len(numbers) for numbers, _ in batches) == 36
-        (left_out,) = {*range(37)} - {int(i) for b, _ in batches for i in b}
-        seen.add(left_out)
-    assert len(seen) > 10 and any(i < 30 for i in seen) and any(i >= 30 for i in seen)
+    pairs = [([3 + i] * (3 if i < 30 else 9), [4]) for i in range(37)]
+    left_out = set()
+    for epoch in epochs(pairs, 16, 4, count=20):
+        (number,) = {*range(37)} - {i for batch in epoch for i in numbers_of(batch)}
+        left_out.add(number)
+    assert len(left_out) > 10 and min(left_out) < 30 <= max(left_out)
 
 
-def test_training_batches_continue_where_they_were_left():
+def test_pairs_of_one_width_are_shuffled_too():
+    """Otherwise the same pairs would meet in every epoch."""
+    pairs = [([3 + i], [4]) for i in range(64)]
+    first, second = epochs(pairs, 8, 32, count=2)
+    assert {*numbers_of(first[0])} not in [{*numbers_of(batch)} for batch in second]
+
+
+def test_training_batches_follow_from_their_arguments():
     pairs = random_pairs(100, longest=20)
 
-    def take(count, start=0, seed=0):
-        batches = tm.training_batches(pairs, 21, 8, seed, start)
-        return [next(batches) for _ in range(count)]
+    def texts(seed):
+        first, second = epochs(pairs, 21, 8, count=2, seed=seed)
+        return [[b["src"].tobytes() for b in epoch] for epoch in (first, second)]
 
-    whole = take(30)  # There are 12 batches an epoch, in which no pair comes twice.
-    for epoch in (whole[:12], whole[12:24]):
-        assert len({row[0] for batch in epoch for row in batch["src"]}) == 96
-    for start in (0, 1, 11, 12, 25):
-        for expected, batch in zip(whole[start:], take(30 - start, start)):
-            np.testing.assert_array_equal(batch["src"], expected["src"])
-            np.testing.assert_array_equal(batch["tgt"], expected["tgt"])
-    first, second = (
-        [batch["src"].tobytes() for batch in epoch]
-        for epoch in (whole[:12], whole[12:24])
-    )
-    assert first != second  # Each epoch has an order of its own.
-    assert take(1, seed=1)[0]["src"].tobytes() != first[0]
+    assert texts(0) == texts(0)
+    assert texts(0)[0] != texts(0)[1]  # Each epoch has an order of its own.
+    assert texts(0)[0] != texts(1)[0]
 
 
 def test_training_batches_hold_whole_pairs():
