@@ -516,7 +516,7 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
     """
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    if label_smoothing > 0:  # With 0, a logit may be -inf, and 0 inf would be NaN.
+    if label_smoothing > 0:  # With 0, a logit may be -inf; 0 times inf is NaN.
         # The mean over classes v of -log p(v), which is logsumexp(logits) - logit v.
         of_all = jax.nn.logsumexp(logits, axis=-1) - logits.mean(axis=-1)
         losses = (1 - label_smoothing) * losses + label_smoothing * of_all
@@ -551,9 +551,8 @@ class TrainState(train_state.TrainState):
     """Flax's TrainState (step, params, optimizer and its state), and two things more.
 
     The paper evaluates a model with the mean of its last checkpoints (section 6.1).
-    Here `average` is a mean over all steps, in which the parameters after step k of n
-    weigh about (k / n)^9 times as much as the last. So two thirds of it are from the
-    last tenth of the steps, however many they are, and a run may end at any of them.
+    Here `average` is a moving average of the parameters over about the last tenth of
+    the steps, however many they are, so that a run may end at any of them.
     """
 
     average: dict  # like params
@@ -578,7 +577,7 @@ def create_train_state(config, key, optimizer=None):
         params=params,
         tx=optimizer,
         opt_state=optimizer.init(params),
-        average=jax.tree.map(jnp.copy, params),  # train_step uses up both
+        average=jax.tree.map(jnp.copy, params),  # train_step takes the memory of both
         dropout_key=jax.random.key_data(dropout_key),
     )
 
@@ -613,8 +612,8 @@ def train_step(state, batch, label_smoothing=0.1):
 
     (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state = state.apply_gradients(grads=gradients)
-    # state.step is 1 after the first step. With a share of 1 / step, the average would
-    # be a plain mean of all steps; with this one, the late steps weigh more.
+    # A moving average that takes over one part in m at each step has a memory of about
+    # m steps. Here m is about a tenth of the steps so far, and 1 at the first of them.
     share = 10 / (9 + state.step)
     average = optax.incremental_update(state.params, state.average, share)
     return state.replace(average=average), metrics
@@ -637,7 +636,7 @@ def start_decoding(model, params, src, max_len, beam_size=1):
       encoded: the pair (memory_kv, memory_mask), which the `Decoder` takes.
       tokens: int32 [B * W, L], where L is max_len + 1. BOS comes first, then PAD, which
         the search replaces.
-      cache: empty, of the same length L, as the mask made of `tokens` has to fit it.
+      cache: empty, of the same length L: the mask of `tokens` hides what is not filled.
     """
     if model.config.head != "logits":
         raise ValueError(f'head must be "logits", not {model.config.head!r}')
@@ -787,8 +786,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 # ---- 10 Text -------------------------------------------------------------------------
 
 FIRST_MERGE_ID = FIRST_SYMBOL_ID + 256  # The symbols before it are the 256 bytes.
-# A word is what stands between spaces, with the one space before it; of several spaces,
-# each other one is a word of its own. So "a  b" has the words "a", " " and " b".
+# A word has no space but one before it. Where there are more spaces, those before the
+# last are words, too: "a   b" has the words "a", " ", " " and " b".
 WORD = re.compile(r" ?[^ ]+| ")
 
 
@@ -958,8 +957,9 @@ def to_batch(pairs, width):
 def width_of(lists, max_width):
     """The width that lists of tokens, such as the two of a pair, are padded to.
 
-    It has room for the longest of the lists, and EOS. As jit compiles for each width,
-    there are few: max_width, half of it, a quarter, and so on, and none below 8.
+    It has room for the longest of the lists, which is shorter than max_width, and EOS.
+    As jit compiles for each width, there are few: max_width, half of it, a quarter, and
+    so on, and none below 8.
 
     >>> [width_of([[5] * n], max_width=32) for n in (20, 15, 1)]
     [32, 16, 8]
@@ -1096,8 +1096,7 @@ def draw_attention(model, params, tokenizer, source, output):
 
     A row is what the decoder looked at to find the token that the row is named after.
     """
-    # As in training, the label of a position is the next token. An output that is as
-    # long as the model allows has no EOS.
+    # The shift is that of training. An output as long as the model allows has no EOS.
     src, longest = [*source, EOS_ID], model.config.max_len
     tgt, labels = [BOS_ID, *output][:longest], [*output, EOS_ID][:longest]
     inputs = np.array([src]), np.array([tgt])
@@ -1126,7 +1125,8 @@ def draw_attention(model, params, tokenizer, source, output):
 def translate(args):
     """Prints a line for each text, or without any for each line of stdin: its
     translation, or an empty line if it is empty or too long. At a terminal each line is
-    answered at once. Returns the exit status, 2 if a line was too long.
+    answered at once. Returns the exit status, 2 if a line was too long. One that is not
+    UTF-8 raises an InputError.
     """
     config, tokenizer, state, _ = load_checkpoint(args.model)
     model, params = Transformer(config), jax.device_put(state["average"])
@@ -1223,8 +1223,8 @@ def set_up(args):
     )
     optimizer = paper_optimizer(args.d_model, args.warmup)
     state = create_train_state(config, jax.random.key(args.seed), optimizer)
-    # What has to be the same where the run goes on. Files may have other names, devices
-    # may be others, and more steps may be wanted.
+    # A run may go on with PAIRS and MODEL under other names, on other devices, and to
+    # more steps. All other options have to be the same, and so have the pairs.
     may_differ = "command", "pairs", "model", "steps", "distributed"
     numbers = f"{len(train_pairs)} to train on, {len(valid_pairs)} to measure on"
     data = repr((train_pairs, valid_pairs, batch_size))
@@ -1303,10 +1303,10 @@ def split_batch(batch, sharding):
 def training_loop(run, state):
     """Does the steps that are left, and returns the state after the last of them.
 
-    At each twentieth of all steps (or each 500, if that is less), and where a minute
-    has passed without, it reports and saves; at each fifth of these steps it also
-    measures the model. Of several processes, the first alone does this, and the others
-    wait for it in their next step.
+    It saves and reports at each twentieth of all steps, or each 500 if that is less, at
+    the last step, and when the last report is a minute old. At each fourth of all steps,
+    or each 2,500, it also measures the model. Of several processes, the first alone does
+    all this, and the others wait for it in their next step.
     """
     args, start = run.args, int(state.step)
     every = max(1, min(args.steps // 20, 500))
@@ -1360,8 +1360,8 @@ def train(args, checkpoint):
     if is_first:
         print()
         evaluate(run, state, beam_size=4, num_shown=6, file=sys.stdout)
-        params, example = jax.device_get(state.average), run.valid_pairs[0]
-        print("\n" + draw_attention(run.model, params, run.tokenizer, *example))
+        params, (source, target) = jax.device_get(state.average), run.valid_pairs[0]
+        print("\n" + draw_attention(run.model, params, run.tokenizer, source, target))
 
 
 # ---- 15 Command line -----------------------------------------------------------------
@@ -1469,7 +1469,7 @@ def main(argv=None):
         if args.model and os.path.exists(args.model):
             checkpoint = load_checkpoint(args.model)
             notes = checkpoint.notes
-            # Parsed again, options that are not given are those of the checkpoint.
+            # With other defaults: an option that is not given is the checkpoint's.
             train_parser.set_defaults(**notes["options"], steps=notes["steps"])
             args = parser.parse_args(argv)
         train(args, checkpoint)
