@@ -177,7 +177,7 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     """
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
     # softmax returns 0 wherever `where` is False, even in a row that is all False. There
-    # the paper's scores of -inf would give 0 / 0.
+    # the paper's scores of -inf would give 0 / 0, in the gradient too.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -698,8 +698,8 @@ def greedy_decode(model, params, src, max_len):
     def step(carry):
         position, tokens, cache = carry
         logits, cache = next_logits(model, params, encoded, tokens, position, cache)
-        token = jax.lax.top_k(logits, 1)[1][:, 0]  # like argmax, and faster on CPUs
-        token = jnp.where(has_ended(tokens), PAD_ID, token)
+        _, token = jax.lax.top_k(logits, 1)  # [B, 1]; jnp.argmax is slower on CPUs.
+        token = jnp.where(has_ended(tokens), PAD_ID, token[:, 0])
         return position + 1, tokens.at[:, position + 1].set(token), cache
 
     _, tokens, _ = jax.lax.while_loop(is_unfinished, step, (0, tokens, cache))
@@ -737,7 +737,7 @@ def best_continuations(log_p, ended, next_log_p):
 
 
 def length_penalty(tokens, alpha):
-    """Tokens from after BOS up to EOS, int [..., L] -> ((5 + length) / 6)^alpha, [...]."""
+    """Tokens without BOS, int [..., L] -> ((5 + length) / 6)^alpha; EOS counts, PAD not."""
     length = jnp.argmax(tokens == EOS_ID, axis=-1) + 1
     length = jnp.where(has_ended(tokens), length, tokens.shape[-1])
     return ((5 + length) / 6) ** alpha
@@ -924,7 +924,7 @@ def read_pairs(path):
 
 def hold_out(pairs, limit, seed):
     """Chooses pairs to measure on: a tenth of the sources, at most `limit`, at random,
-    and one target for each. Training has to leave out all pairs with these sources.
+    each with its last target. Training has to leave out all pairs with these sources.
     """
     targets = dict(pairs)
     sources = list(targets)
@@ -974,9 +974,9 @@ def width_of(lists, max_width):
 def training_batches(pairs, max_width, batch_size, seed):
     """Yields batches for ever, epoch after epoch, each in a new random order.
 
-    Pairs of one width come together. All batches are full; the pairs left over, fewer
-    than `batch_size`, are others in each epoch. The batches follow from the arguments
-    alone, so that a run can be taken up again.
+    Pairs of like width come together. There have to be `batch_size` of them at least;
+    all batches are full, and the pairs left over are others in each epoch. The batches
+    follow from the arguments alone, so that a run can be taken up again.
     """
     widths = np.array([width_of(pair, max_width) for pair in pairs])
     num_batches = len(pairs) // batch_size
@@ -1085,7 +1085,8 @@ def decode_all(model, params, sources, beam_size):
         if beam_size == 1:
             best = greedy_decode(model, params, src, max_len)
         else:
-            best = beam_search(model, params, src, max_len, beam_size)[0][:, 0]
+            tokens, _ = beam_search(model, params, src, max_len, beam_size)
+            best = tokens[:, 0]
         for i, tokens in zip(rows, best.tolist()):
             outputs[i] = list(itertools.takewhile(lambda t: t != EOS_ID, tokens))
     return outputs
@@ -1130,6 +1131,7 @@ def translate(args):
     """
     config, tokenizer, state, _ = load_checkpoint(args.model)
     model, params = Transformer(config), jax.device_put(state["average"])
+    # All are bytes, so that `decode_line` sees what is not UTF-8.
     texts = map(os.fsencode, args.texts) if args.texts else sys.stdin.buffer
     is_typed = not args.texts and sys.stdin.isatty()
     lines, status = enumerate(texts, 1), 0
@@ -1270,8 +1272,8 @@ def save(run, state):
 
 def evaluate(run, state, beam_size, num_shown, file):
     """Prints to `file` the score on unseen pairs, and some of them."""
-    # The first process evaluates alone. So the state, which is on the devices of all
-    # processes, has to leave them.
+    # The first process evaluates alone. So what eval_step needs of the state, which is
+    # on the devices of all processes, has to leave them.
     state = jax.device_get(state.replace(params=(), opt_state=()))
     pairs, losses, num_labels = run.valid_pairs, [], []
     widths = [width_of(pair, run.args.max_len) for pair in pairs]
@@ -1318,8 +1320,8 @@ def training_loop(run, state):
     by_row = NamedSharding(mesh, PartitionSpec("data"))
     batches = training_batches(run.train_pairs, args.max_len, run.batch_size, args.seed)
     began = reported = time.monotonic()
-    steps_left = range(start + 1, args.steps + 1)
-    for step, batch in zip(steps_left, itertools.islice(batches, start, None)):
+    batches = itertools.islice(batches, start, None)  # without those of the steps done
+    for step, batch in zip(range(start + 1, args.steps + 1), batches):
         batch = split_batch(batch, by_row)
         state, metrics = train_step(state, batch, args.label_smoothing)
         require_finite(metrics, step)  # This waits for the step.
@@ -1482,7 +1484,7 @@ def main(argv=None):
     except BrokenPipeError:
         if argv[0] != "translate":
             raise
-        # `... | head` has read enough. At its exit Python would try to print the rest.
+        # `... | head` has read enough. What Python still prints at its exit goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
