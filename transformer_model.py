@@ -786,8 +786,8 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
 # ---- 10 Text -------------------------------------------------------------------------
 
 FIRST_MERGE_ID = FIRST_SYMBOL_ID + 256  # The symbols before it are the 256 bytes.
-# A word has no space but one before it. Where there are more spaces, those before the
-# last are words, too: "a   b" has the words "a", " ", " " and " b".
+# A word is what stands between spaces, with one of the spaces before it. Any other space
+# is a word by itself: "a  b" has the words "a", " " and " b".
 WORD = re.compile(r" ?[^ ]+| ")
 
 
@@ -983,10 +983,10 @@ def training_batches(pairs, max_width, batch_size, seed):
     for epoch in itertools.count():
         rng = np.random.default_rng([seed, epoch])
         rows = rng.permutation(len(pairs))[: num_batches * batch_size]
-        rows = rows[
-            np.argsort(widths[rows], kind="stable")
-        ]  # Equal ones stay shuffled.
-        for batch in rng.permutation(rows.reshape(num_batches, batch_size)):
+        # The sort is stable: pairs of one width stay in their random order.
+        rows = rows[np.argsort(widths[rows], kind="stable")]
+        batches = rows.reshape(num_batches, batch_size)
+        for batch in rng.permutation(batches):
             yield to_batch([pairs[i] for i in batch], max(widths[batch]))
 
 
@@ -1110,17 +1110,15 @@ def draw_attention(model, params, tokenizer, source, output):
         return [tokenizer.decode([t]).replace(" ", "_") or "EOS" for t in tokens]
 
     columns, names = names_of(src), names_of(labels)
-    margin, shades = max(map(len, names)), " .:-=+*#%@"
-    lines = [
-        "Cross-attention in the last block, the mean of its heads: source across,",
-        f"output down, shaded from none to all like this: {shades!r}\n",
-        f"{'':>{margin}} {' '.join(columns)}",
-    ]
-    for name, row in zip(names, np.mean(weights, axis=(0, 1))):
-        levels = np.minimum(row * len(shades), len(shades) - 1).astype(int)
-        cells = (shades[n] * (len(column) + 1) for n, column in zip(levels, columns))
-        lines.append(f"{name:>{margin}} {''.join(cells)}".rstrip())
-    return "\n".join(lines)
+    width, shades = max(map(len, columns + names)), " .:-=+*#%@"
+    levels = np.minimum(np.mean(weights, axis=(0, 1)) * len(shades), len(shades) - 1)
+    table = [["", *columns]]
+    for name, row in zip(names, levels.astype(int)):
+        table.append([name, *(width * shades[level] for level in row)])
+    lines = [" ".join(f"{cell:>{width}}" for cell in row).rstrip() for row in table]
+    title = "Cross-attention in the last block, the mean of its heads: source across,\n"
+    title += f"output down, shaded from none to all like this: {shades!r}\n"
+    return "\n".join([title, *lines])
 
 
 def translate(args):
@@ -1232,7 +1230,7 @@ def set_up(args):
     data = repr((train_pairs, valid_pairs, batch_size))
     notes = {
         "options": {k: v for k, v in vars(args).items() if k not in may_differ},
-        "steps": args.steps,
+        "steps": args.steps,  # in all, unless the run is to go on to more
         "pairs": f"{numbers}, in batches of {batch_size}",
         "digest": hashlib.sha256(data.encode()).digest(),
     }

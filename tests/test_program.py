@@ -205,7 +205,7 @@ def test_demo_learns_to_reverse_and_shows_it_in_80_columns():
     (start,) = [i for i, line in enumerate(picture) if line.split() == [*word, "EOS"]]
     rows = picture[start + 1 :]
     assert [row.split()[0] for row in rows] == [*reversed(word), "EOS"]
-    cells = [row[4:].ljust(2 * len(word) + 4)[::2] for row in rows[:-1]]
+    cells = [row[4:].ljust(4 * len(word) + 4)[::4] for row in rows[:-1]]
     darkest = [
         max(range(len(row)), key=lambda i: " .:-=+*#%@".index(row[i])) for row in cells
     ]
@@ -1082,8 +1082,8 @@ def test_attention_is_drawn_for_each_translation(capsys, trained, monkeypatch):
     assert out.startswith("abc\nCross-attention") and "\n\nde f\nCross-attention" in out
     blocks = out.split("Cross-attention")[1:]
     assert len(blocks) == 2
-    for block, header in zip(blocks, [" a b c EOS\n", " d e _ f EOS\n"]):
-        assert header in block
+    for block, header in zip(blocks, ["a b c EOS", "d e _ f EOS"]):
+        assert header.split() in [line.split() for line in block.splitlines()]
         assert all(len(line) <= 80 for line in block.splitlines())
 
 
@@ -1107,10 +1107,10 @@ def test_picture_shows_the_weights_of_the_last_block_by_label():
     model = types.SimpleNamespace(config=config, apply=apply)
     picture = tm.draw_attention(model, {}, tokenizer, source, output).split("\n")
     assert picture[-4:] == [
-        "     low _ \ufffd \ufffd EOS",
+        "      low    _    \ufffd    \ufffd  EOS",
         "   b @@@@",
-        "_low     ++++",
-        " EOS       @@",
+        "_low      ++++ ++++",
+        " EOS           @@@@",
     ]
     assert calls == [((1, 5), (1, 3))]
     # An output that has not ended after max_len tokens has no row for EOS.
