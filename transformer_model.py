@@ -511,8 +511,7 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
     Label smoothing (section 5.4) takes the share `label_smoothing` of the probability
     away from the label and spreads it evenly over all V classes.
 
-    logits [B, T, V], labels int [B, T] -> float32 []. A label outside the vocabulary
-    gives NaN.
+    logits [B, T, V], labels int [B, T] -> float32 []; a label that is no class, NaN.
     """
     logits = logits.astype(jnp.float32)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -689,9 +688,8 @@ def is_unfinished(carry):
 
 @partial(jax.jit, static_argnames=("model", "max_len"))
 def greedy_decode(model, params, src, max_len):
-    """Takes the likeliest token at every step.
-
-    src int [B, S] -> int32 [B, max_len], without BOS, PAD after EOS.
+    """Takes the likeliest token at every step: src int [B, S] -> int32 [B, max_len],
+    without BOS, PAD after EOS.
     """
     encoded, tokens, cache = start_decoding(model, params, src, max_len)
 
