@@ -1389,8 +1389,11 @@ def add_training_options(parser, steps, batch_size, warmup, d_model, num_layers)
     add = partial(add_option, parser)
     add("--steps", count, steps, "training steps in all")
     add("--batch-size", count, batch_size, "pairs in a step, on all devices together")
-    add("--warmup", count, warmup, "steps in which the learning rate rises (Eq. 3)")
-    add("--dropout", share, 0.1, "dropout rate (section 5.4)")
+    text = (
+        "steps in which the learning rate rises (Eq. 3); 4000 in the paper's long runs"
+    )
+    add("--warmup", count, warmup, text)
+    add("--dropout", share, 0.1, "dropout rate (section 5.4); 0 suits very many pairs")
     add("--label-smoothing", share, 0.1, "label smoothing (section 5.4)")
     add("--seed", limited(int, 0, 2**32 - 1), 0, "of all that is random")
     add("--d-model", count, d_model, "width; the inner width d_ff is 4 times that")
