@@ -59,6 +59,10 @@ class InputError(ValueError):
     """A mistake that the user can mend. The program says it and ends with status 2."""
 
 
+class RunError(RuntimeError):
+    """What ends a run whose input was right. The program ends with status 1."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """What defines a model. The defaults are the paper's base model (Table 3).
@@ -1250,10 +1254,10 @@ def check_same_run(run, checkpoint):
 
 
 def require_finite(numbers, step):
-    """Raises a FloatingPointError if a number in the tree `numbers` is not finite."""
+    """Raises a RunError if a number in the tree `numbers` is not finite."""
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(numbers)):
         problem = f"after step {step} the loss or a parameter is not finite"
-        raise FloatingPointError(f"{problem}; a longer --warmup may help")
+        raise RunError(f"{problem}; a longer --warmup may help")
 
 
 def save(run, state):
@@ -1477,9 +1481,9 @@ def main(argv=None):
         return 0
     except SystemExit as error:  # argparse ends so, after a mistake and after --help.
         return error.code
-    except InputError as error:
+    except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, InputError) else 1
     except BrokenPipeError:
         if argv[0] != "translate":
             raise
