@@ -1474,6 +1474,8 @@ def main(argv=None):
         if args.model and os.path.exists(args.model):
             checkpoint = load_checkpoint(args.model)
             notes = checkpoint.notes
+            if "options" not in notes:
+                raise InputError(f"{args.model}: not saved by the command train")
             # With other defaults: an option that is not given is the checkpoint's.
             train_parser.set_defaults(**notes["options"], steps=notes["steps"])
             args = parser.parse_args(argv)

@@ -802,15 +802,19 @@ def test_full_disk_later_on_is_an_error_of_python(capsys, pairs, tmp_path, monke
 
 def test_files_of_another_kind_are_never_overwritten(capsys, pairs, trained, tmp_path):
     path = tmp_path / "model"
+    config, tokenizer, state, _ = tm.load_checkpoint(trained)
+    tm.save_checkpoint(path, config, tokenizer, state, mine="mine")
     for content, reason in [
         (b"", "not a checkpoint"),
         (b"a\tb\n", "not a checkpoint"),
         (trained.read_bytes()[:-1], "damaged or cut short"),
+        (path.read_bytes(), "not saved by the command train"),
     ]:
         path.write_bytes(content)
         assert_refused(run(capsys, "train", pairs, path), path, reason)
         assert path.read_bytes() == content
-        assert_refused(run(capsys, "translate", path, "a"), path, reason)
+        if "command train" not in reason:
+            assert_refused(run(capsys, "translate", path, "a"), path, reason)
     path.unlink()
     assert_refused(run(capsys, "translate", path, "a"), path, "No such file")
 
