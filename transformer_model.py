@@ -1319,8 +1319,8 @@ def training_loop(run, state):
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
     by_row = NamedSharding(mesh, PartitionSpec("data"))
     batches = training_batches(run.train_pairs, args.max_len, run.batch_size, args.seed)
-    began = reported = time.monotonic()
     batches = itertools.islice(batches, start, None)  # without those of the steps done
+    began = reported = time.monotonic()
     for step, batch in zip(range(start + 1, args.steps + 1), batches):
         batch = split_batch(batch, by_row)
         state, metrics = train_step(state, batch, args.label_smoothing)
@@ -1393,9 +1393,7 @@ def add_training_options(parser, steps, batch_size, warmup, d_model, num_layers)
     add = partial(add_option, parser)
     add("--steps", count, steps, "training steps in all")
     add("--batch-size", count, batch_size, "pairs in a step, on all devices together")
-    text = (
-        "steps in which the learning rate rises (Eq. 3); 4000 in the paper's long runs"
-    )
+    text = "steps in which the learning rate rises (Eq. 3); 4000 in the paper"
     add("--warmup", count, warmup, text)
     add("--dropout", share, 0.1, "dropout rate (section 5.4); 0 suits very many pairs")
     add("--label-smoothing", share, 0.1, "label smoothing (section 5.4)")
