@@ -5,13 +5,18 @@ the paper (arXiv:1706.03762), to which "section", "Eq.", "Table" and "Figure" re
 
     python transformer_model.py                          learn a toy task, and show it
     python transformer_model.py train PAIRS MODEL        learn from your own pairs
+    python transformer_model.py resume PAIRS MODEL       go on with that
     python transformer_model.py translate MODEL [TEXT]   use what was learnt
 
-Sections: 1 Configuration, 2 Masks, 3 Positional encoding, 4 Attention, 5 Feed-forward
-network, 6 Blocks, 7 The model, 8 Training, 9 Inference, 10 Text, 11 Data, 12 Check-
-points, 13 Translation, 14 A training run, 15 Command line. The architecture ends with
-section 7. Sections 8 to 11 train it, search with it and feed it, as the paper does. The
-rest is a program around that.
+Sections 1 to 10 are the lesson, which ends with a demo: 1 Configuration, 2 Masks,
+3 Positional encoding, 4 Attention, 5 Feed-forward network, 6 Blocks, 7 The model,
+8 Training, 9 Inference, 10 The demo. Sections 11 to 16 are a program for texts of your
+own: 11 Text, 12 Data, 13 Checkpoints, 14 Translation, 15 Training on pairs, 16 Command
+line. From Python, it is read_pairs, hold_out, fit and translate.
+
+Not as in the paper, a batch is counted in pairs, not in tokens; a moving average of the
+parameters stands for the mean of the last checkpoints; and what is trained here is
+smaller than the base model, and warms up in fewer steps.
 
 Shapes are written with the same letters everywhere:
 
@@ -20,20 +25,26 @@ Shapes are written with the same letters everywhere:
     T  target length     V  target vocabulary          W  beams
     L  any length
 
-A token is an integer, its place in the vocabulary. A mask is boolean, True where
-attention is allowed. `kv` is a pair, the keys and the values, each [B, H, L, K].
+So K and V are sizes, and not the paper's keys and values: those are a `kv`, a pair, each
+[B, H, L, K]. A token is an integer, its place in the vocabulary. A mask is boolean, True
+where attention is allowed.
 """
 
 import argparse
 import collections
 import dataclasses
+import functools
 import hashlib
+import heapq
 import itertools
+import json
 import os
 import re
 import sys
 import time
 import traceback
+import unicodedata
+from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
@@ -59,8 +70,17 @@ class InputError(ValueError):
     """A mistake that the user can mend. The program says it and ends with status 2."""
 
 
-class RunError(RuntimeError):
-    """What ends a run whose input was right. The program ends with status 1."""
+def require(condition, rule, value):
+    """Raises an InputError, which says the rule and the value, unless it is kept."""
+    if not condition:
+        raise InputError(f"{rule}, not {value!r}")
+
+
+def require_least(owner, least, *names):
+    """Raises an InputError unless the owner's fields of these names are that large."""
+    for name in names:
+        value = getattr(owner, name)
+        require(value >= least, f"{name} must be at least {least}", value)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +88,7 @@ class TransformerConfig:
     """What defines a model. The defaults are the paper's base model (Table 3).
 
     It is hashable, and so can be a static argument of a jitted function. A value that
-    cannot work raises an InputError naming the field, the value and what is allowed.
+    cannot work raises an InputError.
     """
 
     src_vocab_size: int = 37000
@@ -87,30 +107,20 @@ class TransformerConfig:
     dtype: str = "float32"  # or "bfloat16"; the parameters are float32 all the same
 
     def __post_init__(self):
-        def require(name, condition, wanted):
-            if not condition:
-                value = getattr(self, name)
-                raise InputError(f"{name} must be {wanted}, not {value!r}")
-
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            # isinstance would take True for an int. An int may stand for a float.
-            kinds = [int, float] if field.type is float else [field.type]
-            require(field.name, type(value) in kinds, f"of type {field.type.__name__}")
-            if field.type is int:
-                # A vocabulary holds the three special tokens and at least one symbol.
-                least = FIRST_SYMBOL_ID + 1 if "vocab_size" in field.name else 1
-                require(field.name, value >= least, f"at least {least}")
-        divides = self.d_model % self.num_heads == 0
-        require("d_model", divides, f"a multiple of num_heads, {self.num_heads}")
-        require("d_model", self.d_model % 2 == 0, "even, for sines and cosines")
-        require("dropout_rate", 0 <= self.dropout_rate < 1, "at least 0 and below 1")
+        require_least(self, 1, "d_model", "num_heads", "num_layers", "d_ff", "max_len")
+        # A vocabulary holds the three special tokens and at least one symbol.
+        require_least(self, 4, "src_vocab_size", "tgt_vocab_size")
+        width, rate = self.d_model, self.dropout_rate
+        heads = f"d_model must be a multiple of num_heads, {self.num_heads}"
+        require(width % self.num_heads == 0, heads, width)
+        require(width % 2 == 0, "d_model must be even, for sines and cosines", width)
+        require(0 <= rate < 1, "dropout_rate must be at least 0 and below 1", rate)
         sizes = self.src_vocab_size, self.tgt_vocab_size
         fits = sizes[0] == sizes[1] or not self.share_embeddings
-        require("share_embeddings", fits, f"False for vocabularies of sizes {sizes}")
+        require(fits, "share_embeddings needs two vocabularies of one size", sizes)
         outputs, dtypes = ("logits", "softmax", "none"), ("float32", "bfloat16")
-        require("head", self.head in outputs, f"one of {outputs}")
-        require("dtype", self.dtype in dtypes, f"one of {dtypes}")
+        require(self.head in outputs, f"head must be one of {outputs}", self.head)
+        require(self.dtype in dtypes, f"dtype must be one of {dtypes}", self.dtype)
 
 
 # ---- 2 Masks -------------------------------------------------------------------------
@@ -119,7 +129,8 @@ class TransformerConfig:
 def padding_mask(tokens):
     """int [B, L] -> bool [B, 1, 1, L]: no query may attend to a key that is PAD.
 
-    The two axes of length 1 stand for all heads and all queries.
+    The two axes of length 1 stand for all heads and all queries. A query that is itself
+    PAD needs no mask: no one attends to what comes out there, and the loss skips it.
 
     >>> print(padding_mask(np.array([[5, 7, PAD_ID]]))[0, 0])
     [[ True  True False]]
@@ -170,6 +181,9 @@ einsum_float32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
 def scaled_dot_product_attention(query, key, value, mask=None):
     """softmax(query key^T / sqrt(K)) value, for all heads at once (Eq. 1).
 
+    A score is a sum of K products, so it grows like sqrt(K). Without the division,
+    softmax would give nearly all the weight to one key, and hardly any gradient.
+
     Args:
       query: float [B, H, T, K].
       key, value: float [B, H, S, K].
@@ -179,7 +193,7 @@ def scaled_dot_product_attention(query, key, value, mask=None):
       The output [B, H, T, K], and the weights, float32 [B, H, T, S]. A query that may
       attend to nothing, as when all tokens are PAD, gets zeros in both.
     """
-    scores = einsum_float32("bhtk,bhsk->bhts", query, key) / np.sqrt(query.shape[-1])
+    scores = einsum_float32("bhtk,bhsk->bhts", query, key) / query.shape[-1] ** 0.5
     # softmax returns 0 wherever `where` is False, even in a row that is all False. There
     # the paper's scores of -inf would give 0 / 0, in the gradient too.
     weights = jax.nn.softmax(scores, where=mask)
@@ -190,17 +204,20 @@ class Dense(nn.Module):
     """x W + b at every position; at the start W is Xavier-uniform and b is zero."""
 
     features: int
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x):
         """x [B, L, any width] -> [B, L, features]."""
         xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
-        kernel = self.param("kernel", xavier, (x.shape[-1], self.features))
-        bias = self.param("bias", zeros, (self.features,))
+        shape = x.shape[-1], self.features
+        kernel = self.param("kernel", xavier, shape, jnp.float32)
         # All positions of the batch are the rows of one matrix. With nn.Dense, which
         # multiplies x as it is, a training step takes 1.1 to 1.2 times as long on CPUs.
-        rows = x.reshape(-1, x.shape[-1])
-        y = rows @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+        y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
+        if self.use_bias:
+            bias = self.param("bias", zeros, (self.features,), jnp.float32)
+            y = y + bias.astype(x.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 
 
@@ -219,9 +236,8 @@ class MultiHeadAttention(nn.Module):
     config: TransformerConfig
 
     def setup(self):
-        width = self.config.d_model
-        self.query, self.key = Dense(width), Dense(width)
-        self.value, self.output = Dense(width), Dense(width)
+        dense = partial(Dense, self.config.d_model, use_bias=False)
+        self.query, self.key, self.value, self.output = (dense() for _ in range(4))
 
     def __call__(self, x, memory, mask=None):
         """x [B, T, D] attends to memory [B, S, D], both float -> [B, T, D]."""
@@ -315,8 +331,23 @@ class EncoderBlock(nn.Module):
         return second.after(x, y)
 
 
+def write_to_cache(cache, kv, start):
+    """Puts a kv of length T into the cache, a kv of length L, at `start` and after."""
+    return tuple(  # Axis 2 is that of the positions.
+        jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=2)
+        for old, new in zip(cache, kv)
+    )
+
+
 class DecoderBlock(nn.Module):
-    """Masked self-attention, attention to memory, feed-forward (Figure 1, right)."""
+    """Masked self-attention, attention to memory, feed-forward (Figure 1, right).
+
+    In training, x is a whole target. In decoding it is the last token alone, T is 1,
+    and two things are kept from token to token, which would otherwise be computed anew:
+    the keys and values that self-attention has made of the tokens before, in a cache,
+    and those that attention to memory has made of the memory. So this block takes the
+    latter, and not the memory.
+    """
 
     config: TransformerConfig
 
@@ -327,33 +358,26 @@ class DecoderBlock(nn.Module):
         self.add_and_norm = [AddAndNorm(self.config) for _ in range(3)]
 
     def __call__(self, x, self_mask, memory_kv, memory_mask, cache=None, start=0):
-        """In training, x is a whole target. Decoding goes token by token: T is 1, and
-        the keys and values of the tokens before come from a cache, to save computing
-        them anew for every token.
+        """Runs the block on the tokens x, of which the first is at position `start`.
 
         Args:
           x: [B, T, D].
           self_mask: broadcastable to [B, H, T, T] or, with a cache, [B, H, T, L].
           memory_kv: cross_attention.project_kv(memory), of length S.
           memory_mask: broadcastable to [B, H, T, S].
-          cache: a kv of length L, filled at the positions below `start`. Its layout is
-            the one in which attention reads it, [B, H, L, K]. With [B, L, H, K], XLA
-            would transpose the whole cache at every token.
-          start: the position of the first token of x.
+          cache: a kv of length L, filled at the positions below `start`, or None.
+          start: 0 without a cache.
 
         Returns:
           x after the block, [B, T, D], and the kv that self-attention attended to: that
-          of x, or the updated cache.
+          of x or, with a cache, the cache with x in it.
         """
         first, second, third = self.add_and_norm
 
         inputs = first.before(x)
         kv = self.self_attention.project_kv(inputs)
         if cache is not None:
-            kv = tuple(  # Axis 2 is that of the positions, L.
-                jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=2)
-                for old, new in zip(cache, kv)
-            )
+            kv = write_to_cache(cache, kv, start)
         y = self.self_attention.attend(inputs, kv, self_mask)
         x = first.after(x, y)
 
@@ -412,6 +436,11 @@ class Decoder(nn.Module):
         return x, all_kv
 
 
+def widen(tokens):
+    """Tokens of any integer type -> int32 or wider. In int8, 200 would wrap around."""
+    return tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))
+
+
 class Transformer(nn.Module):
     """All of Figure 1: source and target tokens to logits for the next target tokens.
 
@@ -435,7 +464,7 @@ class Transformer(nn.Module):
         normal = nn.initializers.normal(self.config.d_model**-0.5)
 
         def matrix(name, rows, init=normal):
-            return self.param(name, init, (rows, self.config.d_model))
+            return self.param(name, init, (rows, self.config.d_model), jnp.float32)
 
         if self.config.share_embeddings:
             shared = matrix("embedding", self.config.tgt_vocab_size)
@@ -486,12 +515,17 @@ class Transformer(nn.Module):
         return logits, kv
 
     def embed(self, embedding, tokens, start=0):
-        """int [B, L], the first at position `start` -> [B, L, D] (3.4 and 3.5)."""
+        """int [B, L], the first at position `start` -> [B, L, D] (3.4 and 3.5).
+
+        The matrix starts with entries of size D^-0.5, as suits the logits, for which it
+        serves too. Times D^0.5 they have size 1, like the encodings that are added.
+        """
         max_len, d_model = self.config.max_len, self.config.d_model
         if tokens.shape[1] > max_len:
             raise ValueError(f"tokens {tokens.shape} [B, L]: L is above {max_len=}")
         # jnp.take gives NaN for a token that is too large. A negative one would count
         # from the end, so it is made too large.
+        tokens = widen(tokens)
         tokens = jnp.where(tokens < 0, len(embedding), tokens)
         x = jnp.take(embedding, tokens, axis=0) * d_model**0.5
         position = start + jnp.arange(tokens.shape[1])
@@ -506,7 +540,8 @@ class Transformer(nn.Module):
 def mean_over_labels(values, labels):
     """The mean of values [B, T] where labels [B, T] are not PAD; without any, 0."""
     is_label = labels != PAD_ID
-    return jnp.where(is_label, values, 0).sum() / jnp.maximum(is_label.sum(), 1)
+    total = jnp.where(is_label, values, 0).astype(jnp.float32).sum()
+    return total / jnp.maximum(is_label.sum(), 1)
 
 
 def cross_entropy_loss(logits, labels, label_smoothing=0.0):
@@ -517,7 +552,7 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
 
     logits [B, T, V], labels int [B, T] -> float32 []; a label that is no class, NaN.
     """
-    logits = logits.astype(jnp.float32)
+    logits, labels = logits.astype(jnp.float32), widen(jnp.asarray(labels))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if label_smoothing > 0:  # With 0, a logit may be -inf; 0 times inf is NaN.
         # The mean over classes v of -log p(v), which is logsumexp(logits) - logit v.
@@ -539,7 +574,7 @@ def paper_schedule(d_model, warmup_steps=4000):
     """
 
     def schedule(steps_done):
-        step = steps_done + 1.0
+        step = jnp.float32(steps_done) + 1
         return d_model**-0.5 * jnp.minimum(step**-0.5, step * warmup_steps**-1.5)
 
     return schedule
@@ -559,20 +594,28 @@ class TrainState(train_state.TrainState):
     """
 
     average: dict  # like params
-    dropout_key: jax.Array  # jax.random.key_data: can be saved, and used like a key
+    dropout_key: jax.Array  # uint32 [2], the data of a key, which can be saved
 
 
-def create_train_state(config, key, optimizer=None):
-    """New parameters, drawn from `key`, and what it takes to train them with an optax
-    optimizer; None stands for the paper's.
+def create_train_state(config, key, optimizer=None, params=None):
+    """What it takes to train a model: a TrainState.
+
+    Args:
+      config: a TransformerConfig whose head is "logits".
+      key: a random key, for the parameters and for dropout.
+      optimizer: from optax; None stands for the paper's.
+      params: to begin with, for fine-tuning; they are copied. None draws new ones.
     """
-    if config.head != "logits":
-        raise ValueError(f'head must be "logits" for training, not {config.head!r}')
+    require(config.head == "logits", 'head must be "logits" for training', config.head)
     if optimizer is None:
         optimizer = paper_optimizer(config.d_model)
     params_key, dropout_key = jax.random.split(key)
     model, tokens = Transformer(config), jnp.full((1, 1), BOS_ID)
-    params = jax.jit(model.init)(params_key, tokens, tokens)["params"]
+    if params is None:
+        params = jax.jit(model.init)(params_key, tokens, tokens)["params"]
+    # train_step takes the memory of all that is in the state. So the parameters of the
+    # caller stay out of it, and nothing is in it twice.
+    params, average = (jax.tree.map(jnp.array, params) for _ in range(2))
     return TrainState(
         # After a step it is an array. With an int here, jit would compile twice.
         step=jnp.zeros((), jnp.int32),
@@ -580,8 +623,8 @@ def create_train_state(config, key, optimizer=None):
         params=params,
         tx=optimizer,
         opt_state=optimizer.init(params),
-        average=jax.tree.map(jnp.copy, params),  # train_step takes the memory of both
-        dropout_key=jax.random.key_data(dropout_key),
+        average=average,
+        dropout_key=jax.random.bits(dropout_key, (2,), jnp.uint32),
     )
 
 
@@ -608,17 +651,18 @@ def train_step(state, batch, label_smoothing=0.1):
       "accuracy", the share of labels that have the highest logit. Both stay on the
       device, so that a caller need not wait for them.
     """
-    rngs = {"dropout": jax.random.fold_in(state.dropout_key, state.step)}
+    key = jax.random.wrap_key_data(state.dropout_key, impl="threefry2x32")
+    rngs = {"dropout": jax.random.fold_in(key, state.step)}  # others at each step
 
     def loss_fn(params):
         return loss_and_metrics(state, params, batch, label_smoothing, rngs)
 
     (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state = state.apply_gradients(grads=gradients)
-    # A moving average that takes over one part in m at each step has a memory of about
-    # m steps. Here m is about a tenth of the steps so far, and 1 at the first of them.
-    share = 10 / (9 + state.step)
-    average = optax.incremental_update(state.params, state.average, share)
+    # The average remembers about the last m steps if each of them replaces one part in
+    # m of it. Here m is a tenth of the steps so far, and 1 at the first of them.
+    m = (jnp.float32(state.step) + 9) / 10
+    average = optax.incremental_update(state.params, state.average, 1 / m)
     return state.replace(average=average), metrics
 
 
@@ -629,6 +673,9 @@ def eval_step(state, batch):
 
 
 # ---- 9 Inference ---------------------------------------------------------------------
+# A search is one jitted loop over positions, `while_loop`, in which no shape may change.
+# So tokens and caches have their full length from the start. For each shape of the
+# sources, and each max_len, a search is compiled anew.
 
 
 def start_decoding(model, params, src, max_len, beam_size=1):
@@ -641,17 +688,19 @@ def start_decoding(model, params, src, max_len, beam_size=1):
         the search replaces.
       cache: empty, of the same length L: the mask of `tokens` hides what is not filled.
     """
-    if model.config.head != "logits":
-        raise ValueError(f'head must be "logits", not {model.config.head!r}')
-    if max_len > model.config.max_len:
-        raise ValueError(f"{max_len=} is above the model's, {model.config.max_len}")
+    head = model.config.head
+    require(head == "logits", 'head must be "logits" for a search', head)
+    longest = model.config.max_len
+    require(max_len <= longest, f"max_len must be at most {longest}", max_len)
     apply = partial(model.apply, {"params": params})
     memory_kv = apply(apply(src, method="encode"), method="project_kv")
     repeat = partial(jnp.repeat, repeats=beam_size, axis=0)
     encoded = jax.tree.map(repeat, (memory_kv, padding_mask(src)))
     _, num_heads, _, width = memory_kv[0][0].shape  # [B, H, S, K]
     rows, length = src.shape[0] * beam_size, max_len + 1
-    tokens = jnp.full((rows, length), PAD_ID).at[:, 0].set(BOS_ID)
+    tokens = jnp.full((rows, length), PAD_ID, jnp.int32).at[:, 0].set(BOS_ID)
+    # Attention reads a cache as [B, H, L, K]. Kept as [B, L, H, K], XLA would transpose
+    # all of it at every token.
     empty = jnp.zeros((rows, num_heads, length, width), memory_kv[0][0].dtype)
     return encoded, tokens, [(empty, empty) for _ in memory_kv]
 
@@ -742,7 +791,7 @@ def length_penalty(tokens, alpha):
     """Tokens without BOS, int [..., L] -> ((5 + length) / 6)^alpha; EOS counts, PAD not."""
     length = jnp.argmax(tokens == EOS_ID, axis=-1) + 1
     length = jnp.where(has_ended(tokens), length, tokens.shape[-1])
-    return ((5 + length) / 6) ** alpha
+    return ((5 + length.astype(jnp.float32)) / 6) ** alpha
 
 
 @partial(jax.jit, static_argnames=("model", "max_len", "beam_size"))
@@ -750,6 +799,7 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     """Looks for the W = `beam_size` likeliest targets of each source (section 6.1).
 
     At each step the W likeliest hypotheses of a source are kept, ended ones among them.
+    The length penalty ranks those that are left at the end.
     src int [B, S] ->
 
       tokens: int32 [B, W, max_len], without BOS, PAD after EOS, best first.
@@ -766,16 +816,17 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
         choose = jax.vmap(best_continuations)  # source by source
         ended = has_ended(tokens).reshape(shape)
         log_p, parent, token = choose(log_p, ended, next_log_p)  # all [B, W]
-        # A hypothesis goes on with its parent's tokens and cache. The memory's kv can
-        # stay: it is the same for all hypotheses of a source.
-        row = (source * beam_size + parent).ravel()  # the parent's, [B * W]
+        # A hypothesis goes on with its parent's tokens and cache, which are in another
+        # row: with W = 2, parents [[1, 1], [0, 1]] of two sources are rows 1, 1, 2, 3.
+        # The memory's kv can stay, as it is the same for all hypotheses of a source.
+        row = (source * beam_size + parent).ravel()  # [B * W]
         tokens, cache = jax.tree.map(lambda x: x[row], (tokens, cache))
         tokens = tokens.at[:, position + 1].set(token.ravel())
         return position + 1, tokens, log_p, cache
 
     # All hypotheses start out alike. The first alone gets a probability that is not 0,
     # or the search would find the same target W times.
-    log_p = jnp.full(shape, -jnp.inf).at[:, 0].set(0)
+    log_p = jnp.full(shape, -jnp.inf, jnp.float32).at[:, 0].set(0)
     carry = 0, tokens, log_p, cache
     _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
@@ -785,12 +836,124 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
     return jnp.take_along_axis(tokens, order[..., None], axis=1), scores
 
 
-# ---- 10 Text -------------------------------------------------------------------------
+# ---- 10 The demo ---------------------------------------------------------------------
+
+
+def pad(rows, width):
+    """Lists of tokens -> int32 [len(rows), width], with PAD at the end of each row."""
+    padded = np.full((len(rows), width), PAD_ID, np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    return padded
+
+
+def to_batch(pairs, width):
+    """Pairs of lists of tokens -> a batch for `train_step`.
+
+    >>> for name, rows in to_batch([([7, 8], [9])], width=4).items():
+    ...     print(name, rows)
+    src [[7 8 2 0]]
+    tgt [[1 9 2 0 0]]
+    """
+    src = pad([[*source, EOS_ID] for source, _ in pairs], width)
+    tgt = pad([[BOS_ID, *target, EOS_ID] for _, target in pairs], width + 1)
+    return {"src": src, "tgt": tgt}
+
+
+def random_words(number, seed):
+    """Different words of 4 to 12 letters, each a tuple of tokens, 3 for "a" to 28."""
+    rng, words = np.random.default_rng(seed), {}  # A set's order differs between runs.
+    while len(words) < number:
+        length = rng.integers(4, 13)
+        letters = rng.integers(FIRST_SYMBOL_ID, FIRST_SYMBOL_ID + 26, length)
+        words[tuple(letters.tolist())] = None
+    return list(words)
+
+
+def to_letters(tokens):
+    """The letters of a row of tokens, as a str; special tokens have none."""
+    return "".join(chr(ord("a") + t - 3) for t in tokens if t >= FIRST_SYMBOL_ID)
+
+
+@partial(jax.jit, static_argnames="model")
+def attention_weights(model, params, src, outputs):
+    """How outputs attend to their sources in the last block, the mean of its heads.
+
+    src int [B, S], outputs int [B, T] as a search returns them -> float32 [B, T, S]. Row
+    t is what the decoder looked at to find token t of the output.
+    """
+    tgt = jnp.pad(outputs[:, :-1], ((0, 0), (1, 0)), constant_values=BOS_ID)
+    variables, record = {"params": params}, "intermediates"
+    _, recorded = model.apply(variables, src, tgt, mutable=[record])
+    last_block = list(recorded[record]["decoder"].values())[-1]
+    return last_block["cross_attention"]["weights"][-1].mean(axis=1)
+
+
+def draw_attention(weights, columns, rows):
+    """Draws weights [T, S] as text: a table with these names of columns and rows."""
+    width, shades = max(map(len, [*columns, *rows])), " .:-=+*#%@"
+    levels = np.minimum(weights * len(shades), len(shades) - 1).astype(int)
+    table = [["", *columns]]
+    for name, row in zip(rows, levels):
+        table.append([name, *(width * shades[level] for level in row)])
+    lines = [" ".join(f"{cell:>{width}}" for cell in row).rstrip() for row in table]
+    title = "Cross-attention in the last block, the mean of its heads: source across,\n"
+    title += f"output down, shaded from none to all like this: {shades!r}\n"
+    return "\n".join([title, *lines])
+
+
+def demo(steps=1000, seed=0):
+    """Learns to reverse words, by the paper's recipe, and shows what was learnt."""
+    words = random_words(40_512, seed)
+    known, unseen = words[512:], words[:512]
+    config = TransformerConfig(
+        src_vocab_size=29,
+        tgt_vocab_size=29,
+        d_model=64,
+        num_heads=4,
+        num_layers=1,
+        d_ff=256,
+        max_len=13,  # twelve letters and EOS
+    )
+    optimizer = paper_optimizer(config.d_model, warmup_steps=200)
+    state = create_train_state(config, jax.random.key(seed), optimizer)
+    print(f"{optax.tree.size(state.params):,} parameters", flush=True)
+
+    rng = np.random.default_rng(seed)
+    for step in range(1, steps + 1):
+        chosen = [known[i] for i in rng.integers(len(known), size=64)]
+        batch = to_batch([(word, word[::-1]) for word in chosen], config.max_len)
+        state, metrics = train_step(state, batch)
+        if step % 100 == 0:
+            print(f"step {step:4}   loss {metrics['loss']:.4f}", flush=True)
+
+    # From here on, the averaged parameters and words that were never trained on.
+    batch = to_batch([(word, word[::-1]) for word in unseen], config.max_len)
+    model, params, src = Transformer(config), state.average, batch["src"]
+    tokens, _ = beam_search(model, params, src, config.max_len)
+    best, labels = tokens[:, 0], batch["tgt"][:, 1:]
+    right = int((best == labels).all(axis=1).sum())
+    print(f"\n{right} of {len(unseen)} unseen words reversed without a mistake")
+    for word, output in zip(unseen[:6], best.tolist()):
+        print(f"  {to_letters(word)} -> {to_letters(output)}")
+
+    (weights,) = attention_weights(model, params, src[:1], best[:1])
+    columns = [*to_letters(src[0]), "EOS"]
+    rows = [*to_letters(best[0].tolist()), "EOS"]
+    picture = draw_attention(weights[: len(rows), : len(columns)], columns, rows)
+    print("\n" + picture, flush=True)
+
+
+# The lesson ends here. The program does with texts of your own what the demo does with
+# words: it cuts them into tokens, trains, searches; and saves what it has learnt.
+
+# ---- 11 Text -------------------------------------------------------------------------
 
 FIRST_MERGE_ID = FIRST_SYMBOL_ID + 256  # The symbols before it are the 256 bytes.
 # A word is what stands between spaces, with one of the spaces before it. Any other space
-# is a word by itself: "a  b" has the words "a", " " and " b".
-WORD = re.compile(r" ?[^ ]+| ")
+# is a word by itself: "a  b" has the words "a", " " and " b". Some texts have no spaces,
+# so a word ends after 64 characters.
+WORD = re.compile(r" ?[^ ]{1,64}| ")
 
 
 def spell(word):
@@ -801,6 +964,48 @@ def spell(word):
     [111, 114, 122]
     """
     return "".join(chr(byte + FIRST_SYMBOL_ID) for byte in word.encode())
+
+
+def learn_merges(word_counts, number):
+    """The merges of byte-pair encoding, as str of two characters.
+
+    Merges the most frequent pair of tokens, again and again; of equally frequent pairs
+    the one with the smaller tokens. Stops early when no pair occurs twice.
+    """
+    words = [[spell(word), times] for word, times in word_counts.items()]
+    counts = collections.Counter()  # how often each pair occurs
+    places = collections.defaultdict(set)  # in which words it may be
+
+    def count_pairs(i, sign):
+        spelling, times = words[i]
+        pairs = [left + right for left, right in itertools.pairwise(spelling)]
+        for pair in pairs:
+            counts[pair] += sign * times
+            places[pair].add(i)
+        return pairs
+
+    for i in range(len(words)):
+        count_pairs(i, +1)
+    # The heap gives the most frequent pair without a look at all of them. When a count
+    # changes, it gets another entry; the old one is passed over when it comes up.
+    heap = [(-count, pair) for pair, count in counts.items()]
+    heapq.heapify(heap)
+    merges = []
+    while heap and len(merges) < number:
+        count, pair = heapq.heappop(heap)
+        if -count != counts[pair]:
+            continue
+        if counts[pair] < 2:
+            break
+        token, changed = chr(FIRST_MERGE_ID + len(merges)), set()
+        for i in places.pop(pair):
+            changed.update(count_pairs(i, -1))
+            words[i][0] = words[i][0].replace(pair, token)
+            changed.update(count_pairs(i, +1))
+        for other in changed:
+            heapq.heappush(heap, (-counts[other], other))
+        merges.append(pair)
+    return merges
 
 
 class Tokenizer:
@@ -826,54 +1031,28 @@ class Tokenizer:
             self.bytes_of[token] = self.bytes_of[left] + self.bytes_of[right]
             self.token_of[chr(left) + chr(right)] = chr(token)
         self.vocab_size = len(self.bytes_of)
-        self.known_words = {}  # word -> tokens, so that each is encoded once
+        # Most words come again and again, and merging takes time.
+        self.merge = functools.lru_cache(maxsize=2**16)(self.merge)
 
     @classmethod
     def learn(cls, texts, vocab_size):
-        """Merges the most frequent pair of tokens, again and again; of equally frequent
-        pairs the one with the smaller tokens. Stops early when no pair occurs twice.
-        """
-        if vocab_size < FIRST_MERGE_ID:
-            least = f"vocab_size must be at least {FIRST_MERGE_ID}"
-            raise InputError(f"{least}, not {vocab_size}")
-        times = collections.Counter(w for text in texts for w in WORD.findall(text))
-        spelled = {word: spell(word) for word in times}
-        counts = collections.Counter()  # how often each pair occurs in all texts
+        """Learns from texts, an iterable of str, to make at most vocab_size tokens."""
+        least = FIRST_MERGE_ID
+        require(vocab_size >= least, f"vocab_size must be at least {least}", vocab_size)
+        counts = collections.Counter(w for text in texts for w in WORD.findall(text))
+        merges = learn_merges(counts, vocab_size - least)
+        return cls([map(ord, pair) for pair in merges])
 
-        def count_pairs(word, sign):
-            for pair in itertools.pairwise(spelled[word]):
-                counts[pair] += sign * times[word]
-
-        for word in times:
-            count_pairs(word, +1)
-        merges = []
-        while FIRST_MERGE_ID + len(merges) < vocab_size:
-            highest = max(counts.values(), default=0)
-            if highest < 2:
-                break
-            pair = min(pair for pair, count in counts.items() if count == highest)
-            both, token = "".join(pair), chr(FIRST_MERGE_ID + len(merges))
-            # The words that have the pair are taken out of the counts, spelled with the
-            # new token, and counted again. To count all words again would be slow.
-            for word, spelling in spelled.items():
-                if both in spelling:
-                    count_pairs(word, -1)
-                    spelled[word] = spelling.replace(both, token)
-                    count_pairs(word, +1)
-            merges.append(tuple(map(ord, pair)))
-        return cls(merges)
+    def merge(self, word):
+        """A word -> its tokens, as str."""
+        spelling = spell(word)
+        for pair, token in self.token_of.items():  # in the order of learning
+            spelling = spelling.replace(pair, token)
+        return spelling
 
     def encode(self, text):
         """str -> list of tokens, without special tokens."""
-        tokens = []
-        for word in WORD.findall(text):
-            if word not in self.known_words:
-                spelled = spell(word)
-                for pair, token in self.token_of.items():  # in the order of learning
-                    spelled = spelled.replace(pair, token)
-                self.known_words[word] = [*map(ord, spelled)]
-            tokens += self.known_words[word]
-        return tokens
+        return [ord(token) for word in WORD.findall(text) for token in self.merge(word)]
 
     def decode(self, tokens):
         """Tokens up to EOS -> str; bytes that are no UTF-8 become U+FFFD. It raises a
@@ -884,17 +1063,7 @@ class Tokenizer:
         return text.decode(errors="replace")
 
 
-# ---- 11 Data -------------------------------------------------------------------------
-
-
-def demo_pairs(num_pairs, seed):
-    """The demo's task: random words of 4 to 12 letters, no two alike, reversed."""
-    rng = np.random.default_rng(seed)
-    words = {}  # not a set, whose order changes from run to run
-    while len(words) < num_pairs:
-        letters = rng.integers(ord("a"), ord("z") + 1, rng.integers(4, 13))
-        words[bytes(letters.tolist()).decode()] = None
-    return [(word, word[::-1]) for word in words]
+# ---- 12 Data -------------------------------------------------------------------------
 
 
 def decode_line(line, where):
@@ -919,41 +1088,30 @@ def read_pairs(path):
             text = decode_line(line, where)
             pair = tuple(text.split("\t"))
             if len(pair) != 2 or "" in pair:
-                raise InputError(f"{where}: not source<TAB>target: {text[:40]!r}")
+                hint = " (try `cut -f1,2`)" if len(pair) > 2 else ""
+                raise InputError(f"{where}: not source<TAB>target{hint}: {text[:40]!r}")
             pairs.append(pair)
     return pairs
 
 
-def hold_out(pairs, limit, seed):
-    """Chooses pairs to measure on: a tenth of the sources, at most `limit`, at random,
-    each with its last target. Training has to leave out all pairs with these sources.
+def without_sources(pairs, unseen):
+    """The pairs whose source is that of no unseen pair."""
+    sources = {source for source, _ in unseen}
+    return [pair for pair in pairs if pair[0] not in sources]
+
+
+def hold_out(pairs):
+    """Returns (pairs to train on, unseen pairs to measure on), without a common source.
+
+    Unseen are a tenth of the sources, at most 500, drawn at random but the same each
+    time, each with its last target.
     """
     targets = dict(pairs)
     sources = list(targets)
-    limit = min(limit, max(1, len(sources) // 10))
-    chosen = np.random.default_rng(seed).permutation(len(sources))[:limit]
-    return [(sources[i], targets[sources[i]]) for i in chosen]
-
-
-def pad(rows, width):
-    """Lists of tokens -> int32 [len(rows), width], with PAD at the end of each row."""
-    padded = np.full((len(rows), width), PAD_ID, np.int32)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-    return padded
-
-
-def to_batch(pairs, width):
-    """Pairs of lists of tokens -> a batch for `train_step`.
-
-    >>> for name, rows in to_batch([([7, 8], [9])], width=4).items():
-    ...     print(name, rows)
-    src [[7 8 2 0]]
-    tgt [[1 9 2 0 0]]
-    """
-    src = pad([[*source, EOS_ID] for source, _ in pairs], width)
-    tgt = pad([[BOS_ID, *target, EOS_ID] for _, target in pairs], width + 1)
-    return {"src": src, "tgt": tgt}
+    number = min(500, max(1, len(sources) // 10))
+    chosen = np.random.default_rng(0).permutation(len(sources))[:number]
+    unseen = [(sources[i], targets[sources[i]]) for i in chosen]
+    return without_sources(pairs, unseen), unseen
 
 
 def width_of(lists, max_width):
@@ -976,11 +1134,12 @@ def width_of(lists, max_width):
 def training_batches(pairs, max_width, batch_size, seed):
     """Yields batches for ever, epoch after epoch, each in a new random order.
 
-    Pairs of like width come together. There have to be `batch_size` of them at least;
-    all batches are full, and the pairs left over are others in each epoch. The batches
-    follow from the arguments alone, so that a run can be taken up again.
+    Pairs of like width come together. All batches are full, of batch_size pairs or of
+    all there are, and the pairs left over are others in each epoch. The batches follow
+    from the arguments alone, so that a run can be taken up again.
     """
     widths = np.array([width_of(pair, max_width) for pair in pairs])
+    batch_size = min(batch_size, len(pairs))
     num_batches = len(pairs) // batch_size
     for epoch in itertools.count():
         rng = np.random.default_rng([seed, epoch])
@@ -1004,45 +1163,50 @@ def batches_by_width(widths, batch_size=64):
         yield rows, widths[rows[-1]]
 
 
-# ---- 12 Checkpoints ------------------------------------------------------------------
+# ---- 13 Checkpoints ------------------------------------------------------------------
 
 # A checkpoint is this line, the SHA-256 digest of the content, and the content.
-FORMAT = b"transformer_model checkpoint 3\n"
+FORMAT = b"transformer_model checkpoint 4\n"
 
 
 class Checkpoint(NamedTuple):
-    """What `load_checkpoint` returns."""
+    """All it takes to use a model, and to train it further."""
 
     config: TransformerConfig
     tokenizer: Tokenizer
-    state: dict  # the TrainState's fields; flax.serialization.from_state_dict reads it
-    notes: dict  # the further arguments of `save_checkpoint`
+    state: dict  # the TrainState's fields as numpy arrays; `average` is what to use
+    notes: dict  # numbers, strings, bytes, None, and lists and dicts of them
 
 
-def save_checkpoint(path, config, tokenizer, state, **notes):
-    """Writes all it takes to use a model, or to train it further, into one file.
-
-    An old checkpoint at `path` stays there until the new one is complete. `notes` are
-    numbers, strings, bytes, None, and lists and dicts of them.
+def save_checkpoint(path, checkpoint):
+    """Writes a Checkpoint into one file. An old file at `path` stays there until the new
+    one is complete. What cannot be written raises an OSError that names `path`.
     """
     content = {
-        "config": dataclasses.asdict(config),
-        "merges": [list(pair) for pair in tokenizer.merges],
-        "state": flax.serialization.to_state_dict(jax.device_get(state)),
-        "notes": notes,
+        "config": asdict(checkpoint.config),
+        "merges": [list(pair) for pair in checkpoint.tokenizer.merges],
+        "state": checkpoint.state,
+        "notes": checkpoint.notes,
     }
     content = flax.serialization.msgpack_serialize(content)
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(FORMAT + hashlib.sha256(content).digest() + content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    target = os.path.realpath(path)  # A link stays a link.
+    unfinished = f"{target}.{os.getpid()}.tmp"  # Two runs have two.
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(FORMAT + hashlib.sha256(content).digest() + content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, target)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        if os.path.exists(unfinished):
+            os.remove(unfinished)
 
 
 def load_checkpoint(path):
-    """Reads what `save_checkpoint` wrote -> Checkpoint.
-
-    A file that is no checkpoint, or is damaged, raises an InputError.
+    """Reads what `save_checkpoint` wrote -> Checkpoint. A file that is no checkpoint, is
+    damaged, or is of another model than this file defines, raises an InputError.
     """
     with open(path, "rb") as file:
         content = file.read()
@@ -1053,18 +1217,127 @@ def load_checkpoint(path):
     if digest != hashlib.sha256(content).digest():
         raise InputError(f"{path}: damaged or cut short")
     content = flax.serialization.msgpack_restore(content)
-    config = TransformerConfig(**content["config"])
-    tokenizer = Tokenizer(content["merges"])
-    return Checkpoint(config, tokenizer, content["state"], content["notes"])
+    config, state = TransformerConfig(**content["config"]), content["state"]
+    init, tokens = (
+        partial(Transformer(config).init, jax.random.key(0)),
+        jnp.ones((1, 1)),
+    )
+    expected = jax.eval_shape(init, tokens.astype(int), tokens.astype(int))["params"]
+    shapes = partial(jax.tree.map, np.shape)
+    if not shapes(state["params"]) == shapes(state["average"]) == shapes(expected):
+        raise InputError(f"{path}: its parameters are not those of this file's model")
+    return Checkpoint(config, Tokenizer(content["merges"]), state, content["notes"])
 
 
-# ---- 13 Translation ------------------------------------------------------------------
+# ---- 14 Translation ------------------------------------------------------------------
+
+
+def find_best(model, params, beam_size, with_weights, src, max_len):
+    """The best output for each source, src int [B, S] -> int32 [B, max_len], and, if
+    asked for, how it attended to that, float32 [B, max_len, S]; as a tuple.
+    """
+    if beam_size == 1:
+        best = greedy_decode(model, params, src, max_len)
+    else:
+        best = beam_search(model, params, src, max_len, beam_size)[0][:, 0]
+    return (best, attention_weights(model, params, src, best))[: 1 + with_weights]
+
+
+def search_all(search, sources, longest):
+    """Runs a search on sources, lists of fewer tokens than `longest`, in batches.
+
+    `search(src, max_len)` returns a tuple of arrays that have a row for each source, as
+    `find_best` does. Returned are these rows, a list for each source. An output has at
+    most 50 tokens more than its padded source (section 6.1).
+    """
+    found = [None] * len(sources)
+    # A search is compiled for each number of rows. So there are few: 1, 2, 4, ..., 64. A
+    # batch that is not full has its first row several times.
+    batch_size = min(64, 1 << (len(sources) - 1).bit_length())
+    widths = [width_of([source], longest) for source in sources]
+    for rows, width in batches_by_width(widths, batch_size):
+        filled = rows + rows[:1] * (batch_size - len(rows))
+        src = pad([[*sources[i], EOS_ID] for i in filled], width)
+        arrays = search(src, min(width + 50, longest))
+        for i, *results in zip(rows, *map(np.asarray, arrays)):
+            found[i] = results
+    return found
+
+
+def encode_source(checkpoint, text, where):
+    """str -> tokens; more than the model can take raise an InputError that says where."""
+    source, longest = checkpoint.tokenizer.encode(text), checkpoint.config.max_len
+    rule = f"{where}: the number of tokens must be below {longest}"
+    require(len(source) < longest, rule, len(source))
+    return source
+
+
+def translate(checkpoint, texts, beam_size=4):
+    """Texts (a list of str) -> their translations, the same; "" for "".
+
+    A text that has too many tokens raises an InputError with its number, from 1.
+    """
+    numbered = enumerate(texts, 1)
+    sources = [encode_source(checkpoint, text, f"text {i}") for i, text in numbered]
+    model, params = Transformer(checkpoint.config), checkpoint.state["average"]
+    search = partial(find_best, model, jax.device_put(params), beam_size, False)
+    found = search_all(search, sources, checkpoint.config.max_len)
+    decode = checkpoint.tokenizer.decode
+    return [decode(output) if s else "" for s, (output,) in zip(sources, found)]
+
+
+# ---- 15 Training on pairs ------------------------------------------------------------
+
+
+def option(default, text):
+    """A field of Options: its default, and its help on the command line."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What defines a training run, beside its pairs. What cannot work, raises an
+    InputError.
+    """
+
+    steps: int = option(11_000, "training steps in all")
+    batch_size: int = option(128, "pairs in a step, on all devices together")
+    warmup_steps: int = option(1000, "steps in which the learning rate rises (Eq. 3)")
+    dropout_rate: float = option(0.1, "of dropout (5.4); 0 suits very many pairs")
+    label_smoothing: float = option(0.1, "share of the smoothing (5.4)")
+    d_model: int = option(128, "width; the inner width d_ff is 4 times that")
+    num_heads: int = option(4, "attention heads")
+    num_layers: int = option(2, "blocks in each stack")
+    max_len: int = option(128, "longest source and target in tokens, with EOS")
+    vocab_size: int = option(500, "size of the vocabulary of subwords; 259 is bytes")
+    dtype: str = option("float32", "of the computation; or bfloat16")
+    seed: int = option(0, "of all that is random")
+
+    def __post_init__(self):
+        require_least(self, 1, "steps", "batch_size", "warmup_steps")
+        require_least(self, 0, "seed")
+        require_least(self, FIRST_MERGE_ID, "vocab_size")
+        share = self.label_smoothing
+        require(0 <= share <= 1, "label_smoothing must be 0 to 1", share)
+        self.config(self.vocab_size)  # refuses what cannot work in the other fields
+
+    def config(self, vocab_size):
+        """The configuration of the model, when the vocabulary has been learnt."""
+        return TransformerConfig(
+            src_vocab_size=vocab_size,
+            tgt_vocab_size=vocab_size,
+            d_model=self.d_model,
+            num_heads=self.num_heads,
+            num_layers=self.num_layers,
+            d_ff=4 * self.d_model,
+            dropout_rate=self.dropout_rate,
+            max_len=self.max_len,
+            dtype=self.dtype,
+        )
 
 
 def log(text):
-    """Prints progress to stderr, where it does not mix with results. Of several
-    processes that train together, only the first does.
-    """
+    """Prints progress to stderr. Of several processes, only the first does."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)
 
@@ -1074,374 +1347,161 @@ def one_line(text):
     return " ".join(text.splitlines())
 
 
-def decode_all(model, params, sources, beam_size):
-    """Sources (lists of tokens), shorter than the model's `max_len` -> their outputs.
+def digest_of(data):
+    """Bytes that are others for other data."""
+    return hashlib.sha256(json.dumps(data).encode()).digest()
 
-    An output has at most 50 tokens more than its padded source (section 6.1).
-    """
-    longest = model.config.max_len
-    outputs = [None] * len(sources)
-    for rows, width in batches_by_width([width_of([s], longest) for s in sources]):
-        src = pad([[*sources[i], EOS_ID] for i in rows], width)
-        max_len = min(width + 50, longest)
-        if beam_size == 1:
-            best = greedy_decode(model, params, src, max_len)
+
+def options_of(checkpoint):
+    """The Options of the run that a checkpoint is of."""
+    if "options" not in checkpoint.notes:
+        raise InputError("the checkpoint is not one of `fit`")
+    return Options(**checkpoint.notes["options"])
+
+
+def require_same_run(checkpoint, notes):
+    """Raises an InputError unless a run with these notes can go on from there."""
+    there, here = asdict(options_of(checkpoint)), notes["options"]
+    for name, value in there.items():
+        if name == "steps":
+            least = f"steps must be at least those of the run, {value}"
+            require(here[name] >= value, least, here[name])
         else:
-            tokens, _ = beam_search(model, params, src, max_len, beam_size)
-            best = tokens[:, 0]
-        for i, tokens in zip(rows, best.tolist()):
-            outputs[i] = list(itertools.takewhile(lambda t: t != EOS_ID, tokens))
-    return outputs
+            require(here[name] == value, f"{name} must stay {value!r}", here[name])
+    for name in ("pairs", "unseen pairs"):
+        if notes[name] != checkpoint.notes[name]:
+            need = "the same PAIRS, and the same --valid if it had one"
+            raise InputError(f"the {name} are not those of the run, which needs {need}")
 
 
-def draw_attention(model, params, tokenizer, source, output):
-    """Draws how an output attends to its source (both lists of tokens), as text.
-
-    A row is what the decoder looked at to find the token that the row is named after.
-    """
-    # The shift is that of training. An output as long as the model allows has no EOS.
-    src, longest = [*source, EOS_ID], model.config.max_len
-    tgt, labels = [BOS_ID, *output][:longest], [*output, EOS_ID][:longest]
-    inputs = np.array([src]), np.array([tgt])
-    _, variables = model.apply({"params": params}, *inputs, mutable="intermediates")
-    last_block = f"blocks_{model.config.num_layers - 1}"
-    block = variables["intermediates"]["decoder"][last_block]
-    (weights,) = block["cross_attention"]["weights"]  # [1, H, T, S]
-
-    def names_of(tokens):  # EOS has no text.
-        return [tokenizer.decode([t]).replace(" ", "_") or "EOS" for t in tokens]
-
-    columns, names = names_of(src), names_of(labels)
-    width, shades = max(map(len, columns + names)), " .:-=+*#%@"
-    levels = np.minimum(np.mean(weights, axis=(0, 1)) * len(shades), len(shades) - 1)
-    table = [["", *columns]]
-    for name, row in zip(names, levels.astype(int)):
-        table.append([name, *(width * shades[level] for level in row)])
-    lines = [" ".join(f"{cell:>{width}}" for cell in row).rstrip() for row in table]
-    title = "Cross-attention in the last block, the mean of its heads: source across,\n"
-    title += f"output down, shaded from none to all like this: {shades!r}\n"
-    return "\n".join([title, *lines])
-
-
-def translate(args):
-    """Prints a line for each text, or without any for each line of stdin: its
-    translation, or an empty line if it is empty or too long. At a terminal each line is
-    answered at once. Returns the exit status, 2 if a line was too long. One that is not
-    UTF-8 raises an InputError.
-    """
-    config, tokenizer, state, _ = load_checkpoint(args.model)
-    model, params = Transformer(config), jax.device_put(state["average"])
-    # All are bytes, so that `decode_line` sees what is not UTF-8.
-    texts = map(os.fsencode, args.texts) if args.texts else sys.stdin.buffer
-    is_typed = not args.texts and sys.stdin.isatty()
-    lines, status = enumerate(texts, 1), 0
-    while True:
-        if is_typed:
-            print("> ", end="", file=sys.stderr, flush=True)
-        sources = []
-        for number, line in itertools.islice(lines, 1 if is_typed else 1024):
-            source = tokenizer.encode(decode_line(line, f"line {number}"))
-            if len(source) >= config.max_len:
-                most = f"the most is {config.max_len - 1}"
-                log(f"error: line {number}: {len(source)} tokens, {most}")
-                source, status = [], 2
-            sources.append(source)
-        if not sources:
-            return status
-        outputs = decode_all(model, params, sources, args.beam_size)
-        for source, output in zip(sources, outputs):
-            print(one_line(tokenizer.decode(output)) if source else "", flush=True)
-            if source and args.attention:
-                drawing = draw_attention(model, params, tokenizer, source, output)
-                print(drawing, flush=True)
-
-
-# ---- 14 A training run ---------------------------------------------------------------
-
-
-class Run(NamedTuple):
-    """What stays the same from the first step of a training run to the last."""
-
-    args: argparse.Namespace  # the options of the command line (section 15)
-    model: Transformer
-    tokenizer: Tokenizer
-    train_pairs: list  # of pairs of lists of tokens
-    valid_pairs: list  # the same, unseen in training, to measure on
-    batch_size: int
-    notes: dict  # what is saved to recognise the run by, see `check_same_run`
-
-
-def choose_pairs(args):
-    """Returns the pairs of texts to train on, and those to measure on. They have no
-    source in common.
-    """
-    if args.command == "demo":
-        pairs = demo_pairs(40_512, args.seed)
-        return pairs[512:], pairs[:512]
-    pairs = read_pairs(args.pairs)
-    valid = read_pairs(args.valid) if args.valid else hold_out(pairs, 500, args.seed)
-    unseen = {source for source, _ in valid}
-    return [pair for pair in pairs if pair[0] not in unseen], valid
-
-
-def encode_pairs(path, pairs, tokenizer, max_len):
+def encode_pairs(name, pairs, tokenizer, max_len):
     """Pairs of texts -> pairs of lists of tokens, without those that are too long."""
     encoded = [tuple(map(tokenizer.encode, pair)) for pair in pairs]
     short = [pair for pair in encoded if max(map(len, pair)) < max_len]  # EOS counts
-    limit = f"--max-len {max_len} tokens, with EOS"
-    if len(short) < len(pairs):
-        number = f"{len(pairs) - len(short):,} of {len(pairs):,} pairs"
-        log(f"{path}: left out {number}, longer than {limit}")
+    limit = f"within max_len, {max_len} tokens with EOS"
+    log(f"{name}: {len(short):,} of {len(pairs):,} are {limit}")
     if not short:
-        need = "one pair to train on and one, with another source, to measure on"
-        raise InputError(f"{path}: a run needs {need}, of at most {limit}")
+        need = "a run needs a pair, and an unseen pair with another source"
+        raise InputError(f"{name}: {need}, {limit}")
     return short
 
 
-def set_up(args):
-    """Returns the Run that the options ask for, and its state before the first step."""
-    texts, valid_texts = choose_pairs(args)
-    tokenizer = Tokenizer.learn(itertools.chain(*texts), args.vocab_size)
-    train_pairs = encode_pairs(args.pairs, texts, tokenizer, args.max_len)
-    path = args.valid or args.pairs
-    valid_pairs = encode_pairs(path, valid_texts, tokenizer, args.max_len)
-    # Few pairs make a smaller batch. All devices get the same number of its rows.
-    num_devices = jax.device_count()
-    batch_size = min(args.batch_size, len(train_pairs))
-    batch_size -= batch_size % num_devices
-    if batch_size == 0:
-        need = f"a batch needs a pair for each of {num_devices} devices"
-        raise InputError(f"{args.pairs}: {need}")
-    config = TransformerConfig(
-        src_vocab_size=tokenizer.vocab_size,
-        tgt_vocab_size=tokenizer.vocab_size,
-        d_model=args.d_model,
-        num_heads=args.num_heads,
-        num_layers=args.num_layers,
-        d_ff=4 * args.d_model,
-        dropout_rate=args.dropout,
-        max_len=args.max_len,
-        dtype="bfloat16" if args.bf16 else "float32",
-    )
-    optimizer = paper_optimizer(args.d_model, args.warmup)
-    state = create_train_state(config, jax.random.key(args.seed), optimizer)
-    # A run may go on with PAIRS and MODEL under other names, on other devices, and to
-    # more steps. All other options have to be the same, and so have the pairs.
-    may_differ = "command", "pairs", "model", "steps", "distributed"
-    numbers = f"{len(train_pairs)} to train on, {len(valid_pairs)} to measure on"
-    data = repr((train_pairs, valid_pairs, batch_size))
-    notes = {
-        "options": {k: v for k, v in vars(args).items() if k not in may_differ},
-        "steps": args.steps,  # in all, unless the run is to go on to more
-        "pairs": f"{numbers}, in batches of {batch_size}",
-        "digest": hashlib.sha256(data.encode()).digest(),
-    }
-    pairs = train_pairs, valid_pairs
-    return Run(args, Transformer(config), tokenizer, *pairs, batch_size, notes), state
+def to_arrays(state):
+    """A TrainState -> the dict of numpy arrays that a Checkpoint has."""
+    return flax.serialization.to_state_dict(jax.device_get(state))
 
 
-def check_same_run(run, checkpoint):
-    """Raises an InputError unless the checkpoint is one of this very run."""
-    here, there = run.notes, checkpoint.notes
-    where = f"{run.args.model}: cannot continue"
-    for name, value in here["options"].items():
-        if (old := there["options"][name]) != value:
-            raise InputError(f"{where}: {name} is {old} there and {value} here")
-    if there["digest"] != here["digest"]:
-        difference = f"there {there['pairs']}; here {here['pairs']}"
-        files = " or ".join(filter(None, [run.args.pairs, run.args.valid]))
-        raise InputError(f"{where}: {files} has other pairs: {difference}")
+def start_run(pairs, unseen, options, checkpoint):
+    """What `fit` begins with: TrainState, Checkpoint, and the pairs as tokens."""
+    if options is None:
+        options = Options() if checkpoint is None else options_of(checkpoint)
+    notes = {"options": asdict(options)}
+    notes |= {"pairs": digest_of(pairs), "unseen pairs": digest_of(unseen)}
+    pairs = without_sources(pairs, unseen)
+    if checkpoint is None:
+        tokenizer = Tokenizer.learn(itertools.chain(*pairs), options.vocab_size)
+    else:
+        require_same_run(checkpoint, notes)
+        tokenizer = checkpoint.tokenizer
+    pairs = encode_pairs("pairs", pairs, tokenizer, options.max_len)
+    unseen = encode_pairs("unseen pairs", unseen, tokenizer, options.max_len)
+    config = options.config(tokenizer.vocab_size)
+    optimizer = paper_optimizer(options.d_model, options.warmup_steps)
+    state = create_train_state(config, jax.random.key(options.seed), optimizer)
+    if checkpoint is not None:
+        state = flax.serialization.from_state_dict(state, checkpoint.state)
+    # Each of several processes takes its part of a batch, which has to be everyone's.
+    run = digest_of([repr(notes), int(state.step)])
+    try:
+        multihost_utils.assert_equal(np.frombuffer(run, np.uint8))
+    except AssertionError:
+        raise InputError("the processes have different pairs or options") from None
+    return state, Checkpoint(config, tokenizer, to_arrays(state), notes), pairs, unseen
 
 
-def require_finite(numbers, step):
-    """Raises a RunError if a number in the tree `numbers` is not finite."""
-    if not all(np.isfinite(x).all() for x in jax.tree.leaves(numbers)):
-        problem = f"after step {step} the loss or a parameter is not finite"
-        raise RunError(f"{problem}; a longer --warmup may help")
+def place(array, sharding):
+    """Splits an array of a batch, which every process has, among all their devices."""
+    # Rows of PAD, which count nothing, make it a multiple of the devices.
+    array = np.pad(array, ((0, -len(array) % sharding.num_devices), (0, 0)))
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
-def save(run, state):
-    """Saves a checkpoint, if the options name one."""
-    state = jax.device_get(state)
-    # A step can have a finite loss, and break the parameters all the same.
-    require_finite(state.params, state.step)
-    if run.args.model:
-        config = run.model.config
-        save_checkpoint(run.args.model, config, run.tokenizer, state, **run.notes)
-
-
-def evaluate(run, state, beam_size, num_shown, file):
-    """Prints to `file` the score on unseen pairs, and some of them."""
-    # The first process evaluates alone. So what eval_step needs of the state, which is
-    # on the devices of all processes, has to leave them.
+def unseen_loss(state, pairs, max_len):
+    """The mean loss of the averaged parameters over all labels of the pairs."""
+    # Each process evaluates alone. So what eval_step needs of the state, which is on the
+    # devices of all processes, has to leave them.
     state = jax.device_get(state.replace(params=(), opt_state=()))
-    pairs, losses, num_labels = run.valid_pairs, [], []
-    widths = [width_of(pair, run.args.max_len) for pair in pairs]
-    for rows, width in batches_by_width(widths):
+    losses, num_labels = [], []
+    for rows, width in batches_by_width([width_of(pair, max_len) for pair in pairs]):
         batch = to_batch([pairs[i] for i in rows], width)
         losses.append(eval_step(state, batch)["loss"])
         num_labels.append(np.sum(batch["tgt"][:, 1:] != PAD_ID))
-    loss = np.average(losses, weights=num_labels)
-    sources, decode = [source for source, _ in pairs], run.tokenizer.decode
-    outputs = decode_all(run.model, state.average, sources, beam_size)
-    texts = [(decode(s), decode(t), decode(o)) for (s, t), o in zip(pairs, outputs)]
-    right = sum(target == output for _, target, output in texts)
-    share = f"{right} of {len(texts)} exactly right ({right / len(texts):.1%})"
-    print(f"unseen pairs: loss {loss:.4f}, {share}", file=file)
-    for source, target, output in texts[:num_shown]:
+    return np.average(losses, weights=num_labels)
+
+
+def log_score(checkpoint, pairs):
+    """Translates pairs of lists of tokens, and logs how many come out right."""
+    texts = [tuple(map(checkpoint.tokenizer.decode, pair)) for pair in pairs]
+    outputs = translate(checkpoint, [source for source, _ in texts])
+    right = sum(target == output for (_, target), output in zip(texts, outputs))
+    log(
+        f"{right} of {len(texts)} unseen pairs exactly right ({right / len(texts):.1%})"
+    )
+    for (source, target), output in zip(texts[:6], outputs):
         wrong = "" if output == target else f"   not {target}"
-        print(" ", one_line(f"{source} -> {output}{wrong}"), file=file, flush=True)
+        log("  " + one_line(f"{source} -> {output}{wrong}"))
 
 
-def split_batch(batch, sharding):
-    """Splits a batch, which every process has, among the devices of all of them."""
+def fit(pairs, unseen, options=None, path=None, checkpoint=None):
+    """Trains on pairs of texts, (source, target), and returns a Checkpoint.
 
-    def split(x):
-        return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
-
-    return jax.tree.map(split, batch)
-
-
-def training_loop(run, state):
-    """Does the steps that are left, and returns the state after the last of them.
-
-    It saves and reports at each twentieth of all steps, or each 500 if that is less, at
-    the last step, and when the last report is a minute old. At each fourth of all steps,
-    or each 2,500, it also measures the model. Of several processes, the first alone does
-    all this, and the others wait for it in their next step.
+    It trains on no pair that has the source of an unseen one, and measures on those. It
+    reports, on stderr, and saves to `path` at each twentieth of the steps, or each 500,
+    and when the last report is a minute old. From a checkpoint of this very run it goes
+    on as if nothing had interrupted it; of its options, the steps may have grown. What
+    cannot work raises an InputError. A loss that is not finite raises a
+    FloatingPointError, and `path` has the last good checkpoint.
     """
-    args, start = run.args, int(state.step)
-    every = max(1, min(args.steps // 20, 500))
+    state, checkpoint, pairs, unseen = start_run(pairs, unseen, options, checkpoint)
+    options, is_first = options_of(checkpoint), jax.process_index() == 0
+    if path and is_first:  # What cannot be written is to be known before training.
+        save_checkpoint(path, checkpoint)
     # Every device gets the whole state, and its part of each batch. To train_step, the
-    # parts are one array: it takes the mean over the labels of all devices, and jit
-    # adds the communication which that needs.
+    # parts are one array: it takes the mean over the labels of all devices.
     mesh = Mesh(jax.devices(), ("data",))
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    by_row = NamedSharding(mesh, PartitionSpec("data"))
-    batches = training_batches(run.train_pairs, args.max_len, run.batch_size, args.seed)
+    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()), may_alias=False)
+    split = partial(place, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    start, every = int(state.step), max(1, min(options.steps // 20, 500))
+    batches = training_batches(pairs, options.max_len, options.batch_size, options.seed)
     batches = itertools.islice(batches, start, None)  # without those of the steps done
-    began = reported = time.monotonic()
-    for step, batch in zip(range(start + 1, args.steps + 1), batches):
-        batch = split_batch(batch, by_row)
-        state, metrics = train_step(state, batch, args.label_smoothing)
-        require_finite(metrics, step)  # This waits for the step.
-        now = time.monotonic()
-        is_due = step % every == 0 or step == args.steps or now - reported > 60
-        if is_due and jax.process_index() == 0:
-            save(run, state)
-            numbers = f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:6.1%}"
-            log(f"step {step:5} of {args.steps}  {numbers}  {now - began:.0f} s")
-            if step % (5 * every) == 0 and step < args.steps:
-                evaluate(run, state, beam_size=1, num_shown=3, file=sys.stderr)
-            reported = time.monotonic()
-    return state
-
-
-def train(args, checkpoint):
-    """Runs the demo, or trains on a file of pairs; shows what was learnt.
-
-    `checkpoint` is the Checkpoint to go on from; None starts anew.
-    """
-    run, state = set_up(args)
-    if checkpoint:
-        check_same_run(run, checkpoint)
-        state = flax.serialization.from_state_dict(state, checkpoint.state)
-        log(f"{args.model}: goes on after step {state.step}")
-    digest = np.frombuffer(run.notes["digest"], np.uint8)
-    multihost_utils.assert_equal(digest, "the processes do not have the same pairs")
-    log(f"pairs: {run.notes['pairs']}")
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    log(f"model: {optax.tree.size(state.params):,} parameters, on {device}")
-    is_first = jax.process_index() == 0
-    if is_first and state.step < args.steps:
-        try:  # What cannot be written is to be known before training.
-            save(run, state)
-        except OSError as error:
-            raise InputError(f"{args.model}: {error.strerror}") from None
-    state = training_loop(run, state)
+    began, reported, metrics = time.monotonic(), time.monotonic(), None
+    for step, batch in zip(range(start + 1, options.steps + 1), batches):
+        before, batch = metrics, jax.tree.map(split, batch)
+        state, metrics = train_step(state, batch, options.label_smoothing)
+        jax.block_until_ready(before)  # Meanwhile the devices have this step to do.
+        is_due = step % every == 0 or step == options.steps
+        if is_due or time.monotonic() - reported > 60:
+            arrays = to_arrays(state)
+            # A step can have a finite loss, and break the parameters all the same.
+            numbers = jax.tree.leaves((metrics, arrays["params"]))
+            if all(np.isfinite(x).all() for x in numbers):
+                checkpoint = checkpoint._replace(state=arrays)
+                if path and is_first:
+                    save_checkpoint(path, checkpoint)
+                reported = time.monotonic()
+                losses = f"loss {metrics['loss']:.4f}"
+                losses += f", unseen {unseen_loss(state, unseen, options.max_len):.4f}"
+                log(
+                    f"step {step} of {options.steps}: {losses}, {reported - began:.0f} s"
+                )
+            elif is_due:  # on all processes alike
+                raise FloatingPointError(f"not finite after step {step}")
     if is_first:
-        print()
-        evaluate(run, state, beam_size=4, num_shown=6, file=sys.stdout)
-        params, (source, target) = jax.device_get(state.average), run.valid_pairs[0]
-        print("\n" + draw_attention(run.model, params, run.tokenizer, source, target))
+        log_score(checkpoint, unseen)
+    return checkpoint
 
 
-# ---- 15 Command line -----------------------------------------------------------------
-
-
-def limited(kind, least, most):
-    """The type of an option, for argparse: an int or a float within limits."""
-
-    def number(text):  # argparse shows the name, as in "invalid number value: 'x'".
-        value = kind(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"must be {least} to {most}, not {text}")
-        return value
-
-    return number
-
-
-def add_option(parser, flag, kind, default, text):
-    """Adds an option that takes a number."""
-    text = f"{text} (default: %(default)s)"
-    parser.add_argument(flag, type=kind, default=default, metavar="N", help=text)
-
-
-def add_training_options(parser, steps, batch_size, warmup, d_model, num_layers):
-    """Adds the options that `demo` and `train` share, with these defaults."""
-    count, share = limited(int, 1, 10**9), limited(float, 0, 1)
-    add = partial(add_option, parser)
-    add("--steps", count, steps, "training steps in all")
-    add("--batch-size", count, batch_size, "pairs in a step, on all devices together")
-    text = "steps in which the learning rate rises (Eq. 3); 4000 in the paper"
-    add("--warmup", count, warmup, text)
-    add("--dropout", share, 0.1, "dropout rate (section 5.4); 0 suits very many pairs")
-    add("--label-smoothing", share, 0.1, "label smoothing (section 5.4)")
-    add("--seed", limited(int, 0, 2**32 - 1), 0, "of all that is random")
-    add("--d-model", count, d_model, "width; the inner width d_ff is 4 times that")
-    add("--num-heads", count, 4, "attention heads")
-    add("--num-layers", count, num_layers, "blocks in each stack")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    text = "join a job of several processes"
-    parser.add_argument("--distributed", action="store_true", help=text)
-
-
-def make_parser():
-    """Returns the parser of the command line, and that of its command `train`."""
-    parser = argparse.ArgumentParser(
-        description="The Transformer, as in the paper. Without a command, the demo."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    demo = commands.add_parser("demo", help="learn to reverse words, and show it")
-    add_training_options(demo, 1000, 64, warmup=200, d_model=64, num_layers=1)
-    demo.set_defaults(pairs="demo", model=None, valid=None, max_len=13, vocab_size=259)
-
-    train = commands.add_parser("train", help="learn from a file of pairs")
-    train.add_argument("pairs", metavar="PAIRS", help="lines of source<TAB>target")
-    text = "where the model is saved; if it is there, the run that saved it goes on"
-    train.add_argument("model", metavar="MODEL", help=text)
-    text = "measure on these pairs, not on a tenth of PAIRS (at most 500)"
-    train.add_argument("--valid", metavar="FILE", help=text)
-    add_training_options(train, 11_000, 128, warmup=1000, d_model=128, num_layers=2)
-    text = "longest source and target in tokens, with EOS"
-    add_option(train, "--max-len", int, 128, text)
-    text = "size of the vocabulary of subwords; 259 is bytes"
-    add_option(train, "--vocab-size", int, 500, text)
-
-    translate = commands.add_parser(
-        "translate",
-        help="translate texts",
-        epilog="Options come first or last; a TEXT that begins with - comes after --.",
-    )
-    translate.add_argument("model", metavar="MODEL", help="what `train` has saved")
-    text = "without any, each line of stdin is one"
-    translate.add_argument("texts", nargs="*", metavar="TEXT", help=text)
-    text = "hypotheses of the search; 1 is greedy"
-    add_option(translate, "--beam-size", limited(int, 1, 1000), 4, text)
-    text = "draw what each output attended to"
-    translate.add_argument("--attention", action="store_true", help=text)
-    return parser, train
+# ---- 16 Command line -----------------------------------------------------------------
 
 
 def join_job():
@@ -1451,8 +1511,155 @@ def join_job():
     three variables tell: JAX_COORDINATOR_ADDRESS, which JAX reads, and the two below.
     """
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-    job = {key: int(os.environ[v]) for key, v in names.items() if v in os.environ}
-    jax.distributed.initialize(**job)
+    try:
+        job = {key: int(os.environ[v]) for key, v in names.items() if v in os.environ}
+        jax.distributed.initialize(**job)
+    except ValueError as error:
+        needs = ", ".join(["JAX_COORDINATOR_ADDRESS", *names.values()])
+        raise InputError(f"--distributed needs {needs}: {error}") from None
+
+
+def run_training(args):
+    """The commands `train` and `resume`."""
+    if args.distributed:
+        join_job()
+    names = [field.name for field in dataclasses.fields(Options)]
+    given = {name: getattr(args, name) for name in names if name in args}
+    if args.command == "train":
+        if not args.model or os.path.exists(args.model):
+            raise InputError(f"MODEL {args.model!r} exists or is empty; see `resume`")
+        checkpoint, options = None, Options(**given)
+    else:
+        checkpoint = load_checkpoint(args.model)
+        options = dataclasses.replace(options_of(checkpoint), **given)
+    pairs = read_pairs(args.pairs)
+    if args.valid is None:
+        pairs, unseen = hold_out(pairs)
+    else:
+        unseen = read_pairs(args.valid)
+    try:
+        fit(pairs, unseen, options, args.model, checkpoint)
+    except InputError as error:
+        files = ", ".join(filter(None, (args.pairs, args.valid, args.model)))
+        raise InputError(f"{files}: {error}") from None
+
+
+def lines_as_they_arrive(file):
+    """Yields lists of the lines of a binary file: many of one on disk, a single one that
+    is typed, or that comes through a pipe whose writer waits for the answer.
+    """
+    rest, block = b"", b"any"
+    while block:
+        if file.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        block = file.read1(65536)
+        *lines, rest = (rest + block).split(b"\n")
+        yield lines
+    if rest:
+        yield [rest]
+
+
+def draw_translation(tokenizer, source, output, weights):
+    """The picture of a source and an output (tokens), with weights [T, S] or more."""
+
+    def name(token):  # without what would tear the table
+        text = tokenizer.decode([token]).replace(" ", "_")
+        is_wide = any(unicodedata.east_asian_width(c) in "FW" for c in text)
+        return ascii(text)[1:-1] if is_wide or not text.isprintable() else text
+
+    output = itertools.takewhile(lambda token: token != EOS_ID, output)
+    columns = [*map(name, source), "EOS"]
+    rows = [*map(name, output), "EOS"][: len(weights)]
+    return draw_attention(weights[: len(rows), : len(columns)], columns, rows)
+
+
+def run_translation(args):
+    """The command `translate`: prints a line for each text, or for each line of stdin. It
+    is empty for an empty text, and for one that cannot be translated, which is named on
+    stderr. Returns the exit status.
+    """
+    checkpoint = load_checkpoint(args.model)
+    config, tokenizer, state, _ = checkpoint
+    model, params = Transformer(config), jax.device_put(state["average"])
+    search = partial(find_best, model, params, args.beam_size, args.attention)
+    if args.texts:  # as bytes, so that `decode_line` sees what is not UTF-8
+        blocks = [[os.fsencode(text) for text in args.texts]]
+    else:
+        blocks = lines_as_they_arrive(sys.stdin.buffer)
+    numbers, status = itertools.count(1), 0
+    for lines in blocks:
+        sources = []
+        for line in lines:
+            where = f"line {next(numbers)}"
+            try:
+                source = encode_source(checkpoint, decode_line(line, where), where)
+            except InputError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                source, status = [], 2
+            sources.append(source)
+        found = search_all(search, sources, config.max_len)
+        for source, (output, *weights) in zip(sources, found):
+            print(one_line(tokenizer.decode(output)) if source else "", flush=True)
+            if source and args.attention:
+                picture = draw_translation(tokenizer, source, output, *weights)
+                print(picture, flush=True)
+    return status
+
+
+def make_parser():
+    """Returns the parser of the command line."""
+    description = "The Transformer, as in the paper. Without a command, the demo."
+    parser = argparse.ArgumentParser(description=description)
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="learn to reverse words, and show it")
+    train = commands.add_parser("train", help="learn from a file of pairs")
+    resume = commands.add_parser("resume", help="go on with what `train` has saved")
+    translate = commands.add_parser(
+        "translate",
+        help="translate texts",
+        epilog="Options come first or last; a TEXT that begins with - comes after --.",
+    )
+    shown = " (default: %(default)s)"
+    demo.add_argument("--steps", type=int, default=1000, help="in all" + shown)
+    demo.add_argument(
+        "--seed", type=int, default=0, help="of all that is random" + shown
+    )
+    for command in (train, resume):
+        add = command.add_argument
+        add("pairs", metavar="PAIRS", help="a file of lines source<TAB>target")
+        add("model", metavar="MODEL", help="the file of the run")
+        valid = "measure on these pairs, not on a tenth of PAIRS (at most 500)"
+        add("--valid", metavar="FILE", help=valid)
+        add("--distributed", action="store_true", help="join a job of processes")
+    for field in dataclasses.fields(Options):
+        flag, text = "--" + field.name.replace("_", "-"), field.metadata["help"] + shown
+        train.add_argument(flag, type=field.type, default=field.default, help=text)
+    more, no_value = "in all, if they are to be more", argparse.SUPPRESS
+    resume.add_argument("--steps", type=int, default=no_value, help=more)
+    add = translate.add_argument
+    add("model", metavar="MODEL", help="what `train` has saved")
+    add("texts", nargs="*", metavar="TEXT", help="without any, the lines of stdin")
+    beam = "hypotheses of the search; 1 is greedy" + shown
+    add("--beam-size", type=int, default=4, help=beam)
+    add("--attention", action="store_true", help="draw what each output attended to")
+    return parser
+
+
+def run(args):
+    """Runs a command; returns the exit status."""
+    if args.command in ("train", "resume"):
+        run_training(args)
+        return 0
+    if sys.stdout is None:
+        raise InputError("stdout is closed")
+    if args.command == "demo":
+        Options(steps=args.steps, seed=args.seed)  # refuses what cannot work
+        demo(args.steps, args.seed)
+        return 0
+    require_least(args, 1, "beam_size")
+    if sys.stdin is None and not args.texts:
+        raise InputError("stdin is closed, and there is no TEXT")
+    return run_translation(args)
 
 
 def main(argv=None):
@@ -1460,52 +1667,46 @@ def main(argv=None):
 
     0 done; 2 a mistake on the command line or in a file; 130 Ctrl-C; 1 anything else.
     """
-    argv = (sys.argv[1:] if argv is None else argv) or ["demo"]
-    parser, train_parser = make_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        argv = ["demo", *argv]
     try:
-        args = parser.parse_args(argv)
-        if args.command == "translate":
-            return translate(args)
-        if args.distributed:
-            join_job()
-        checkpoint = None
-        if args.model and os.path.exists(args.model):
-            checkpoint = load_checkpoint(args.model)
-            notes = checkpoint.notes
-            if "options" not in notes:
-                raise InputError(f"{args.model}: not saved by the command train")
-            # With other defaults: an option that is not given is the checkpoint's.
-            train_parser.set_defaults(**notes["options"], steps=notes["steps"])
-            args = parser.parse_args(argv)
-        train(args, checkpoint)
-        return 0
+        try:
+            return run(make_parser().parse_args(argv))
+        except (InputError, FloatingPointError) as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 2 if isinstance(error, InputError) else 1
+        except OSError as error:
+            if error.filename is None:
+                raise
+            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
     except SystemExit as error:  # argparse ends so, after a mistake and after --help.
         return error.code
-    except (InputError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    except BrokenPipeError:
-        if argv[0] != "translate":
-            raise
-        # `... | head` has read enough. What Python still prints at its exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # Whoever read the output, as `head` does, has gone.
+        return 1
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8")  # wherever it goes, on every system
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if stream is None:  # It was closed, and the next file opened gets its number.
+            os.open(os.devnull, os.O_RDWR)
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
+    if sys.stdout:
+        sys.stdout.reconfigure(encoding="utf-8")  # wherever it goes, on every system
     try:
         status = main()
     except Exception:  # noqa: BLE001
         traceback.print_exc()
         status = 1
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except BrokenPipeError:  # Python would try again at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            status = 1
     if status and jax.distributed.is_initialized():
         # JAX would wait at the exit for other processes, which wait for this one.
         os._exit(status)
