@@ -8,11 +8,9 @@ the paper (arXiv:1706.03762), to which "section", "Eq.", "Table" and "Figure" re
     python transformer_model.py resume PAIRS MODEL       go on with that
     python transformer_model.py translate MODEL [TEXT]   use what was learnt
 
-Sections 1 to 10 are the lesson, which ends with a demo: 1 Configuration, 2 Masks,
-3 Positional encoding, 4 Attention, 5 Feed-forward network, 6 Blocks, 7 The model,
-8 Training, 9 Inference, 10 The demo. Sections 11 to 16 are a program for texts of your
-own: 11 Text, 12 Data, 13 Checkpoints, 14 Translation, 15 Training on pairs, 16 Command
-line. From Python, it is read_pairs, hold_out, fit and translate.
+Sections 1 to 7 are the model, 8 is its training, 9 its inference, 10 a demo: these are
+the lesson. Sections 11 to 16 are the program, for sentence pairs of your own. To Python
+it offers `read_pairs`, `hold_out`, `fit` and `translate`.
 
 Not as in the paper, a batch is counted in pairs, not in tokens; a moving average of the
 parameters stands for the mean of the last checkpoints; and what is trained here is
@@ -87,8 +85,7 @@ def require_least(owner, least, *names):
 class TransformerConfig:
     """What defines a model. The defaults are the paper's base model (Table 3).
 
-    It is hashable, and so can be a static argument of a jitted function. A value that
-    cannot work raises an InputError.
+    It is hashable, and so can be a static argument of a jitted function.
     """
 
     src_vocab_size: int = 37000
@@ -181,8 +178,8 @@ einsum_float32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
 def scaled_dot_product_attention(query, key, value, mask=None):
     """softmax(query key^T / sqrt(K)) value, for all heads at once (Eq. 1).
 
-    A score is a sum of K products, so it grows like sqrt(K). Without the division,
-    softmax would give nearly all the weight to one key, and hardly any gradient.
+    A score is a sum of K products, which grows like sqrt(K). Without the division,
+    softmax would give nearly all weight to one key, and hardly any gradient.
 
     Args:
       query: float [B, H, T, K].
@@ -209,15 +206,14 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x):
         """x [B, L, any width] -> [B, L, features]."""
-        xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
-        shape = x.shape[-1], self.features
+        xavier, shape = nn.initializers.xavier_uniform(), (x.shape[-1], self.features)
         kernel = self.param("kernel", xavier, shape, jnp.float32)
         # All positions of the batch are the rows of one matrix. With nn.Dense, which
         # multiplies x as it is, a training step takes 1.1 to 1.2 times as long on CPUs.
         y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
         if self.use_bias:
-            bias = self.param("bias", zeros, (self.features,), jnp.float32)
-            y = y + bias.astype(x.dtype)
+            zeros = nn.initializers.zeros
+            y = y + self.param("bias", zeros, shape[1:], jnp.float32).astype(x.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 
 
@@ -236,8 +232,9 @@ class MultiHeadAttention(nn.Module):
     config: TransformerConfig
 
     def setup(self):
-        dense = partial(Dense, self.config.d_model, use_bias=False)
-        self.query, self.key, self.value, self.output = (dense() for _ in range(4))
+        width = self.config.d_model
+        self.query, self.key = Dense(width, False), Dense(width, False)
+        self.value, self.output = Dense(width, False), Dense(width, False)
 
     def __call__(self, x, memory, mask=None):
         """x [B, T, D] attends to memory [B, S, D], both float -> [B, T, D]."""
@@ -342,11 +339,10 @@ def write_to_cache(cache, kv, start):
 class DecoderBlock(nn.Module):
     """Masked self-attention, attention to memory, feed-forward (Figure 1, right).
 
-    In training, x is a whole target. In decoding it is the last token alone, T is 1,
-    and two things are kept from token to token, which would otherwise be computed anew:
-    the keys and values that self-attention has made of the tokens before, in a cache,
-    and those that attention to memory has made of the memory. So this block takes the
-    latter, and not the memory.
+    In training, x is a whole target. In decoding it is the last token alone, and what
+    would have to be computed anew for every token is kept: in a cache, the keys and
+    values of the tokens before it; and those of the memory. That is why the block takes
+    a memory_kv, and not the memory.
     """
 
     config: TransformerConfig
@@ -358,19 +354,18 @@ class DecoderBlock(nn.Module):
         self.add_and_norm = [AddAndNorm(self.config) for _ in range(3)]
 
     def __call__(self, x, self_mask, memory_kv, memory_mask, cache=None, start=0):
-        """Runs the block on the tokens x, of which the first is at position `start`.
+        """Runs the block on x, whose first token is at the position `start`.
 
         Args:
           x: [B, T, D].
           self_mask: broadcastable to [B, H, T, T] or, with a cache, [B, H, T, L].
           memory_kv: cross_attention.project_kv(memory), of length S.
           memory_mask: broadcastable to [B, H, T, S].
-          cache: a kv of length L, filled at the positions below `start`, or None.
-          start: 0 without a cache.
+          cache: a kv of length L, filled at the positions below `start`.
 
         Returns:
           x after the block, [B, T, D], and the kv that self-attention attended to: that
-          of x or, with a cache, the cache with x in it.
+          of x or, with a cache, the updated cache.
         """
         first, second, third = self.add_and_norm
 
@@ -436,11 +431,6 @@ class Decoder(nn.Module):
         return x, all_kv
 
 
-def widen(tokens):
-    """Tokens of any integer type -> int32 or wider. In int8, 200 would wrap around."""
-    return tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))
-
-
 class Transformer(nn.Module):
     """All of Figure 1: source and target tokens to logits for the next target tokens.
 
@@ -448,14 +438,9 @@ class Transformer(nn.Module):
         variables = model.init(jax.random.key(0), src, tgt)  # {"params": ...}
         logits = model.apply(variables, src, tgt)
 
-    Dropout is on if `apply` gets rngs={"dropout": key}. To get the attention weights as
-    well, of a decoder block's attention to the source, for example:
-
-        logits, more = model.apply(variables, src, tgt, mutable=["intermediates"])
-        block = more["intermediates"]["decoder"]["blocks_0"]
-        (weights,) = block["cross_attention"]["weights"]  # [B, H, T, S], in a tuple
-
-    A token outside the vocabulary gives NaN; a length above max_len, a ValueError.
+    Dropout is on if `apply` gets rngs={"dropout": key}. The attention weights come out
+    as well with mutable=["intermediates"], see `attention_weights`. A token outside the
+    vocabulary gives NaN; a length above max_len, a ValueError.
     """
 
     config: TransformerConfig
@@ -518,14 +503,14 @@ class Transformer(nn.Module):
         """int [B, L], the first at position `start` -> [B, L, D] (3.4 and 3.5).
 
         The matrix starts with entries of size D^-0.5, as suits the logits, for which it
-        serves too. Times D^0.5 they have size 1, like the encodings that are added.
+        serves too. Times D^0.5 they are of size 1, as are the encodings.
         """
         max_len, d_model = self.config.max_len, self.config.d_model
         if tokens.shape[1] > max_len:
             raise ValueError(f"tokens {tokens.shape} [B, L]: L is above {max_len=}")
         # jnp.take gives NaN for a token that is too large. A negative one would count
-        # from the end, so it is made too large.
-        tokens = widen(tokens)
+        # from the end, so it is made too large; for that, int8 has no room.
+        tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))
         tokens = jnp.where(tokens < 0, len(embedding), tokens)
         x = jnp.take(embedding, tokens, axis=0) * d_model**0.5
         position = start + jnp.arange(tokens.shape[1])
@@ -552,7 +537,8 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
 
     logits [B, T, V], labels int [B, T] -> float32 []; a label that is no class, NaN.
     """
-    logits, labels = logits.astype(jnp.float32), widen(jnp.asarray(labels))
+    logits = logits.astype(jnp.float32)
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))  # or V overflows
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if label_smoothing > 0:  # With 0, a logit may be -inf; 0 times inf is NaN.
         # The mean over classes v of -log p(v), which is logsumexp(logits) - logit v.
@@ -598,13 +584,10 @@ class TrainState(train_state.TrainState):
 
 
 def create_train_state(config, key, optimizer=None, params=None):
-    """What it takes to train a model: a TrainState.
+    """Returns the TrainState with which training begins.
 
-    Args:
-      config: a TransformerConfig whose head is "logits".
-      key: a random key, for the parameters and for dropout.
-      optimizer: from optax; None stands for the paper's.
-      params: to begin with, for fine-tuning; they are copied. None draws new ones.
+    Parameters are drawn from the random `key`, if None are given (to go on with, in fine-
+    tuning). The optimizer is one of optax; None stands for the paper's.
     """
     require(config.head == "logits", 'head must be "logits" for training', config.head)
     if optimizer is None:
@@ -613,8 +596,7 @@ def create_train_state(config, key, optimizer=None, params=None):
     model, tokens = Transformer(config), jnp.full((1, 1), BOS_ID)
     if params is None:
         params = jax.jit(model.init)(params_key, tokens, tokens)["params"]
-    # train_step takes the memory of all that is in the state. So the parameters of the
-    # caller stay out of it, and nothing is in it twice.
+    # train_step takes the memory of the state. So it gets copies, none of them twice.
     params, average = (jax.tree.map(jnp.array, params) for _ in range(2))
     return TrainState(
         # After a step it is an array. With an int here, jit would compile twice.
@@ -659,8 +641,8 @@ def train_step(state, batch, label_smoothing=0.1):
 
     (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state = state.apply_gradients(grads=gradients)
-    # The average remembers about the last m steps if each of them replaces one part in
-    # m of it. Here m is a tenth of the steps so far, and 1 at the first of them.
+    # If each step replaces one part in m of it, an average remembers about m steps. Here
+    # m is 1 at the first step, and then grows to a tenth of the steps so far.
     m = (jnp.float32(state.step) + 9) / 10
     average = optax.incremental_update(state.params, state.average, 1 / m)
     return state.replace(average=average), metrics
@@ -673,9 +655,9 @@ def eval_step(state, batch):
 
 
 # ---- 9 Inference ---------------------------------------------------------------------
-# A search is one jitted loop over positions, `while_loop`, in which no shape may change.
-# So tokens and caches have their full length from the start. For each shape of the
-# sources, and each max_len, a search is compiled anew.
+# A search is one jitted loop over positions, in which no shape may change. So tokens and
+# caches have their full length from the start. A search is compiled for each shape of
+# the sources, and each max_len.
 
 
 def start_decoding(model, params, src, max_len, beam_size=1):
@@ -816,9 +798,9 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
         choose = jax.vmap(best_continuations)  # source by source
         ended = has_ended(tokens).reshape(shape)
         log_p, parent, token = choose(log_p, ended, next_log_p)  # all [B, W]
-        # A hypothesis goes on with its parent's tokens and cache, which are in another
-        # row: with W = 2, parents [[1, 1], [0, 1]] of two sources are rows 1, 1, 2, 3.
-        # The memory's kv can stay, as it is the same for all hypotheses of a source.
+        # A hypothesis goes on with its parent's tokens and cache: for W = 2, the parents
+        # [[1, 1], [0, 1]] of two sources are in the rows 1, 1, 2, 3. The memory's kv can
+        # stay: it is the same for all hypotheses of a source.
         row = (source * beam_size + parent).ravel()  # [B * W]
         tokens, cache = jax.tree.map(lambda x: x[row], (tokens, cache))
         tokens = tokens.at[:, position + 1].set(token.ravel())
@@ -871,7 +853,7 @@ def random_words(number, seed):
 
 
 def to_letters(tokens):
-    """The letters of a row of tokens, as a str; special tokens have none."""
+    """Tokens -> str; the special ones stand for no letter."""
     return "".join(chr(ord("a") + t - 3) for t in tokens if t >= FIRST_SYMBOL_ID)
 
 
@@ -1075,6 +1057,11 @@ def decode_line(line, where):
     return text.removesuffix("\n").removesuffix("\r")
 
 
+def one_line(text):
+    """The text with a space for each line end in it."""
+    return " ".join(text.splitlines())
+
+
 def read_pairs(path):
     """A UTF-8 file of lines `source<TAB>target` -> list of (source, target), str.
 
@@ -1218,12 +1205,9 @@ def load_checkpoint(path):
         raise InputError(f"{path}: damaged or cut short")
     content = flax.serialization.msgpack_restore(content)
     config, state = TransformerConfig(**content["config"]), content["state"]
-    init, tokens = (
-        partial(Transformer(config).init, jax.random.key(0)),
-        jnp.ones((1, 1)),
-    )
-    expected = jax.eval_shape(init, tokens.astype(int), tokens.astype(int))["params"]
-    shapes = partial(jax.tree.map, np.shape)
+    init = partial(Transformer(config).init, jax.random.key(0))
+    tokens, shapes = np.full((1, 1), BOS_ID), partial(jax.tree.map, np.shape)
+    expected = jax.eval_shape(init, tokens, tokens)["params"]
     if not shapes(state["params"]) == shapes(state["average"]) == shapes(expected):
         raise InputError(f"{path}: its parameters are not those of this file's model")
     return Checkpoint(config, Tokenizer(content["merges"]), state, content["notes"])
@@ -1342,11 +1326,6 @@ def log(text):
         print(text, file=sys.stderr, flush=True)
 
 
-def one_line(text):
-    """The text with a space for each line end in it."""
-    return " ".join(text.splitlines())
-
-
 def digest_of(data):
     """Bytes that are others for other data."""
     return hashlib.sha256(json.dumps(data).encode()).digest()
@@ -1361,13 +1340,12 @@ def options_of(checkpoint):
 
 def require_same_run(checkpoint, notes):
     """Raises an InputError unless a run with these notes can go on from there."""
-    there, here = asdict(options_of(checkpoint)), notes["options"]
-    for name, value in there.items():
+    for name, old in asdict(options_of(checkpoint)).items():
+        new = notes["options"][name]
         if name == "steps":
-            least = f"steps must be at least those of the run, {value}"
-            require(here[name] >= value, least, here[name])
+            require(new >= old, f"steps must be at least {old}, as in the run", new)
         else:
-            require(here[name] == value, f"{name} must stay {value!r}", here[name])
+            require(new == old, f"{name} must be {old!r}, as in the run", new)
     for name in ("pairs", "unseen pairs"):
         if notes[name] != checkpoint.notes[name]:
             need = "the same PAIRS, and the same --valid if it had one"
@@ -1411,19 +1389,32 @@ def start_run(pairs, unseen, options, checkpoint):
     if checkpoint is not None:
         state = flax.serialization.from_state_dict(state, checkpoint.state)
     # Each of several processes takes its part of a batch, which has to be everyone's.
-    run = digest_of([repr(notes), int(state.step)])
+    digest = digest_of([repr(notes), int(state.step)])
     try:
-        multihost_utils.assert_equal(np.frombuffer(run, np.uint8))
+        multihost_utils.assert_equal(np.frombuffer(digest, np.uint8))
     except AssertionError:
         raise InputError("the processes have different pairs or options") from None
     return state, Checkpoint(config, tokenizer, to_arrays(state), notes), pairs, unseen
 
 
-def place(array, sharding):
-    """Splits an array of a batch, which every process has, among all their devices."""
-    # Rows of PAD, which count nothing, make it a multiple of the devices.
-    array = np.pad(array, ((0, -len(array) % sharding.num_devices), (0, 0)))
-    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+def spread(state):
+    """Puts the state on all devices, those of other processes too -> (the state, split).
+
+    `split` splits an array of a batch, which every process has, among the devices. To
+    train_step the parts are one array: it takes the mean over the labels of all devices,
+    and jit adds the communication.
+    """
+    mesh = Mesh(jax.devices(), ("data",))
+    by_row = NamedSharding(mesh, PartitionSpec("data"))
+
+    def split(array):
+        # Rows of PAD, which count nothing, make it a multiple of the devices.
+        array = np.pad(array, ((0, -len(array) % mesh.size), (0, 0)))
+        return jax.make_array_from_callback(array.shape, by_row, array.__getitem__)
+
+    # A copy, as train_step uses it up: the arrays may be those of a caller's checkpoint.
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.device_put(state, everywhere, may_alias=False), split
 
 
 def unseen_loss(state, pairs, max_len):
@@ -1444,9 +1435,8 @@ def log_score(checkpoint, pairs):
     texts = [tuple(map(checkpoint.tokenizer.decode, pair)) for pair in pairs]
     outputs = translate(checkpoint, [source for source, _ in texts])
     right = sum(target == output for (_, target), output in zip(texts, outputs))
-    log(
-        f"{right} of {len(texts)} unseen pairs exactly right ({right / len(texts):.1%})"
-    )
+    share_right = f"{right / len(texts):.1%}"
+    log(f"{right} of {len(texts)} unseen pairs exactly right ({share_right})")
     for (source, target), output in zip(texts[:6], outputs):
         wrong = "" if output == target else f"   not {target}"
         log("  " + one_line(f"{source} -> {output}{wrong}"))
@@ -1466,11 +1456,7 @@ def fit(pairs, unseen, options=None, path=None, checkpoint=None):
     options, is_first = options_of(checkpoint), jax.process_index() == 0
     if path and is_first:  # What cannot be written is to be known before training.
         save_checkpoint(path, checkpoint)
-    # Every device gets the whole state, and its part of each batch. To train_step, the
-    # parts are one array: it takes the mean over the labels of all devices.
-    mesh = Mesh(jax.devices(), ("data",))
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()), may_alias=False)
-    split = partial(place, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    state, split = spread(state)
     start, every = int(state.step), max(1, min(options.steps // 20, 500))
     batches = training_batches(pairs, options.max_len, options.batch_size, options.seed)
     batches = itertools.islice(batches, start, None)  # without those of the steps done
@@ -1489,13 +1475,13 @@ def fit(pairs, unseen, options=None, path=None, checkpoint=None):
                 if path and is_first:
                     save_checkpoint(path, checkpoint)
                 reported = time.monotonic()
-                losses = f"loss {metrics['loss']:.4f}"
-                losses += f", unseen {unseen_loss(state, unseen, options.max_len):.4f}"
-                log(
-                    f"step {step} of {options.steps}: {losses}, {reported - began:.0f} s"
-                )
+                loss = unseen_loss(state, unseen, options.max_len)
+                losses = f"loss {metrics['loss']:.4f}, unseen {loss:.4f}"
+                seconds = f"{reported - began:.0f} s"
+                log(f"step {step} of {options.steps}: {losses}, {seconds}")
             elif is_due:  # on all processes alike
-                raise FloatingPointError(f"not finite after step {step}")
+                problem = "the loss or a parameter is not finite"
+                raise FloatingPointError(f"after step {step} {problem}")
     if is_first:
         log_score(checkpoint, unseen)
     return checkpoint
