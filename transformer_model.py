@@ -69,7 +69,7 @@ class InputError(ValueError):
 
 
 def require(condition, rule, value):
-    """Raises an InputError, which says the rule and the value, unless it is kept."""
+    """Raises an InputError, which says the rule and the value, where it is broken."""
     if not condition:
         raise InputError(f"{rule}, not {value!r}")
 
@@ -170,8 +170,8 @@ def positional_encoding(max_len, d_model):
 
 # ---- 4 Attention ---------------------------------------------------------------------
 
-# An einsum that sums up and returns in float32, even if its inputs are bfloat16, for
-# products that go into a softmax.
+# An einsum that sums up and returns in float32, even if its inputs are bfloat16, whose
+# three digits are too few for what goes into a softmax.
 einsum_float32 = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
@@ -191,8 +191,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
       attend to nothing, as when all tokens are PAD, gets zeros in both.
     """
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / query.shape[-1] ** 0.5
-    # softmax returns 0 wherever `where` is False, even in a row that is all False. There
-    # the paper's scores of -inf would give 0 / 0, in the gradient too.
+    # softmax leaves out what `where` excludes: its weight is 0, even if it is the whole
+    # row. There the paper's scores of -inf would give 0 / 0, and NaN in the gradient.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -329,7 +329,7 @@ class EncoderBlock(nn.Module):
 
 
 def write_to_cache(cache, kv, start):
-    """Puts a kv of length T into the cache, a kv of length L, at `start` and after."""
+    """Puts a kv of length T into the cache, a longer one, at the position `start`."""
     return tuple(  # Axis 2 is that of the positions.
         jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=2)
         for old, new in zip(cache, kv)
@@ -339,10 +339,10 @@ def write_to_cache(cache, kv, start):
 class DecoderBlock(nn.Module):
     """Masked self-attention, attention to memory, feed-forward (Figure 1, right).
 
-    In training, x is a whole target. In decoding it is the last token alone, and what
-    would have to be computed anew for every token is kept: in a cache, the keys and
-    values of the tokens before it; and those of the memory. That is why the block takes
-    a memory_kv, and not the memory.
+    In training, x is a whole target. In decoding it is the last token alone. The keys
+    and values of the tokens before it come from a cache then, and those of the memory
+    have been computed once for all tokens, which is why the block takes memory_kv, and
+    not the memory.
     """
 
     config: TransformerConfig
@@ -509,7 +509,7 @@ class Transformer(nn.Module):
         if tokens.shape[1] > max_len:
             raise ValueError(f"tokens {tokens.shape} [B, L]: L is above {max_len=}")
         # jnp.take gives NaN for a token that is too large. A negative one would count
-        # from the end, so it is made too large; for that, int8 has no room.
+        # from the end, so it is made too large, in a type with room for that.
         tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))
         tokens = jnp.where(tokens < 0, len(embedding), tokens)
         x = jnp.take(embedding, tokens, axis=0) * d_model**0.5
@@ -538,7 +538,7 @@ def cross_entropy_loss(logits, labels, label_smoothing=0.0):
     logits [B, T, V], labels int [B, T] -> float32 []; a label that is no class, NaN.
     """
     logits = logits.astype(jnp.float32)
-    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))  # or V overflows
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))  # room for V
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if label_smoothing > 0:  # With 0, a logit may be -inf; 0 times inf is NaN.
         # The mean over classes v of -log p(v), which is logsumexp(logits) - logit v.
@@ -596,7 +596,8 @@ def create_train_state(config, key, optimizer=None, params=None):
     model, tokens = Transformer(config), jnp.full((1, 1), BOS_ID)
     if params is None:
         params = jax.jit(model.init)(params_key, tokens, tokens)["params"]
-    # train_step takes the memory of the state. So it gets copies, none of them twice.
+    # train_step "donates" the state: it writes the new one over it. So the parameters of
+    # the caller are copied, and the average is a copy of its own.
     params, average = (jax.tree.map(jnp.array, params) for _ in range(2))
     return TrainState(
         # After a step it is an array. With an int here, jit would compile twice.
@@ -630,8 +631,8 @@ def train_step(state, batch, label_smoothing=0.1):
 
     Returns:
       The new state, and the metrics of the batch before the step, "loss" and
-      "accuracy", the share of labels that have the highest logit. Both stay on the
-      device, so that a caller need not wait for them.
+      "accuracy", the share of labels that have the highest logit. Who does not read
+      them need not wait for the device.
     """
     key = jax.random.wrap_key_data(state.dropout_key, impl="threefry2x32")
     rngs = {"dropout": jax.random.fold_in(key, state.step)}  # others at each step
@@ -642,8 +643,8 @@ def train_step(state, batch, label_smoothing=0.1):
     (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state = state.apply_gradients(grads=gradients)
     # If each step replaces one part in m of it, an average remembers about m steps. Here
-    # m is 1 at the first step, and then grows to a tenth of the steps so far.
-    m = (jnp.float32(state.step) + 9) / 10
+    # m is a tenth of the steps so far.
+    m = jnp.maximum(1, jnp.float32(state.step) / 10)
     average = optax.incremental_update(state.params, state.average, 1 / m)
     return state.replace(average=average), metrics
 
@@ -932,9 +933,9 @@ def demo(steps=1000, seed=0):
 # ---- 11 Text -------------------------------------------------------------------------
 
 FIRST_MERGE_ID = FIRST_SYMBOL_ID + 256  # The symbols before it are the 256 bytes.
-# A word is what stands between spaces, with one of the spaces before it. Any other space
-# is a word by itself: "a  b" has the words "a", " " and " b". Some texts have no spaces,
-# so a word ends after 64 characters.
+# A word is a run of characters without a space, and the space before it if there is one;
+# two spaces in a row make a word of a space alone. No word is longer than 64 characters,
+# because some texts have no spaces.
 WORD = re.compile(r" ?[^ ]{1,64}| ")
 
 
@@ -949,41 +950,44 @@ def spell(word):
 
 
 def learn_merges(word_counts, number):
-    """The merges of byte-pair encoding, as str of two characters.
+    """The merges of byte-pair encoding, each the str of two tokens.
 
     Merges the most frequent pair of tokens, again and again; of equally frequent pairs
     the one with the smaller tokens. Stops early when no pair occurs twice.
     """
-    words = [[spell(word), times] for word, times in word_counts.items()]
+
+    def pairs_of(spelling):
+        return [left + right for left, right in itertools.pairwise(spelling)]
+
+    words = [(spell(word), times) for word, times in word_counts.items()]
     counts = collections.Counter()  # how often each pair occurs
-    places = collections.defaultdict(set)  # in which words it may be
-
-    def count_pairs(i, sign):
-        spelling, times = words[i]
-        pairs = [left + right for left, right in itertools.pairwise(spelling)]
-        for pair in pairs:
-            counts[pair] += sign * times
+    places = collections.defaultdict(
+        set
+    )  # the numbers of the words that have, or had, it
+    for i, (spelling, times) in enumerate(words):
+        for pair in pairs_of(spelling):
+            counts[pair] += times
             places[pair].add(i)
-        return pairs
-
-    for i in range(len(words)):
-        count_pairs(i, +1)
-    # The heap gives the most frequent pair without a look at all of them. When a count
-    # changes, it gets another entry; the old one is passed over when it comes up.
+    # A heap knows its smallest entry: here that of the most frequent pair. A pair whose
+    # count changes gets a new entry, and the old one is passed over when it comes up.
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
     merges = []
-    while heap and len(merges) < number:
+    while len(merges) < number and heap and heap[0][0] <= -2:
         count, pair = heapq.heappop(heap)
         if -count != counts[pair]:
             continue
-        if counts[pair] < 2:
-            break
         token, changed = chr(FIRST_MERGE_ID + len(merges)), set()
-        for i in places.pop(pair):
-            changed.update(count_pairs(i, -1))
-            words[i][0] = words[i][0].replace(pair, token)
-            changed.update(count_pairs(i, +1))
+        for i in places[pair]:
+            before, times = words[i]
+            after = before.replace(pair, token)
+            words[i] = after, times
+            for other in pairs_of(before):
+                counts[other] -= times
+            for other in pairs_of(after):
+                counts[other] += times
+                places[other].add(i)
+            changed.update(pairs_of(before), pairs_of(after))
         for other in changed:
             heapq.heappush(heap, (-counts[other], other))
         merges.append(pair)
@@ -1217,14 +1221,17 @@ def load_checkpoint(path):
 
 
 def find_best(model, params, beam_size, with_weights, src, max_len):
-    """The best output for each source, src int [B, S] -> int32 [B, max_len], and, if
-    asked for, how it attended to that, float32 [B, max_len, S]; as a tuple.
+    """The best output for each source, src int [B, S] -> a tuple: int32 [B, max_len] and,
+    if asked for, how it attended to the source, float32 [B, max_len, S].
     """
     if beam_size == 1:
         best = greedy_decode(model, params, src, max_len)
     else:
-        best = beam_search(model, params, src, max_len, beam_size)[0][:, 0]
-    return (best, attention_weights(model, params, src, best))[: 1 + with_weights]
+        tokens, _ = beam_search(model, params, src, max_len, beam_size)
+        best = tokens[:, 0]
+    if with_weights:
+        return best, attention_weights(model, params, src, best)
+    return (best,)
 
 
 def search_all(search, sources, longest):
@@ -1235,9 +1242,11 @@ def search_all(search, sources, longest):
     most 50 tokens more than its padded source (section 6.1).
     """
     found = [None] * len(sources)
-    # A search is compiled for each number of rows. So there are few: 1, 2, 4, ..., 64. A
-    # batch that is not full has its first row several times.
-    batch_size = min(64, 1 << (len(sources) - 1).bit_length())
+    # A search is compiled for each number of rows, so there are few: powers of 2. What is
+    # missing in the last batch is filled up with its first row.
+    batch_size = 1
+    while batch_size < min(64, len(sources)):
+        batch_size *= 2
     widths = [width_of([source], longest) for source in sources]
     for rows, width in batches_by_width(widths, batch_size):
         filled = rows + rows[:1] * (batch_size - len(rows))
@@ -1327,7 +1336,7 @@ def log(text):
 
 
 def digest_of(data):
-    """Bytes that are others for other data."""
+    """32 bytes by which the data can be recognised."""
     return hashlib.sha256(json.dumps(data).encode()).digest()
 
 
@@ -1398,13 +1407,13 @@ def start_run(pairs, unseen, options, checkpoint):
 
 
 def spread(state):
-    """Puts the state on all devices, those of other processes too -> (the state, split).
+    """Puts the state on all devices, those of other processes too. Returns it, and the
+    function that splits an array of a batch, which every process has, among them.
 
-    `split` splits an array of a batch, which every process has, among the devices. To
-    train_step the parts are one array: it takes the mean over the labels of all devices,
-    and jit adds the communication.
+    To train_step the parts are one array, [B, L]: it takes the mean over the labels on
+    all devices, and jit adds the communication that this needs.
     """
-    mesh = Mesh(jax.devices(), ("data",))
+    mesh = Mesh(jax.devices(), ("data",))  # all in a row
     by_row = NamedSharding(mesh, PartitionSpec("data"))
 
     def split(array):
@@ -1464,11 +1473,12 @@ def fit(pairs, unseen, options=None, path=None, checkpoint=None):
     for step, batch in zip(range(start + 1, options.steps + 1), batches):
         before, batch = metrics, jax.tree.map(split, batch)
         state, metrics = train_step(state, batch, options.label_smoothing)
-        jax.block_until_ready(before)  # Meanwhile the devices have this step to do.
+        # Waiting for the step before, and not for this one, keeps the devices busy.
+        jax.block_until_ready(before)
         is_due = step % every == 0 or step == options.steps
         if is_due or time.monotonic() - reported > 60:
             arrays = to_arrays(state)
-            # A step can have a finite loss, and break the parameters all the same.
+            # What is not finite is not saved. Its loss shows a broken parameter a step late.
             numbers = jax.tree.leaves((metrics, arrays["params"]))
             if all(np.isfinite(x).all() for x in numbers):
                 checkpoint = checkpoint._replace(state=arrays)
@@ -1479,7 +1489,7 @@ def fit(pairs, unseen, options=None, path=None, checkpoint=None):
                 losses = f"loss {metrics['loss']:.4f}, unseen {loss:.4f}"
                 seconds = f"{reported - began:.0f} s"
                 log(f"step {step} of {options.steps}: {losses}, {seconds}")
-            elif is_due:  # on all processes alike
+            elif is_due:  # as all processes find at this step; their clocks differ
                 problem = "the loss or a parameter is not finite"
                 raise FloatingPointError(f"after step {step} {problem}")
     if is_first:
@@ -1512,8 +1522,10 @@ def run_training(args):
     names = [field.name for field in dataclasses.fields(Options)]
     given = {name: getattr(args, name) for name in names if name in args}
     if args.command == "train":
-        if not args.model or os.path.exists(args.model):
-            raise InputError(f"MODEL {args.model!r} exists or is empty; see `resume`")
+        if os.path.exists(args.model):
+            raise InputError(f"{args.model} exists; `resume` goes on with it")
+        if args.model == "":
+            raise InputError("MODEL is an empty word")
         checkpoint, options = None, Options(**given)
     else:
         checkpoint = load_checkpoint(args.model)
@@ -1534,11 +1546,13 @@ def lines_as_they_arrive(file):
     """Yields lists of the lines of a binary file: many of one on disk, a single one that
     is typed, or that comes through a pipe whose writer waits for the answer.
     """
-    rest, block = b"", b"any"
-    while block:
+    rest = b""  # of the last block, the beginning of a line
+    while True:
         if file.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
         block = file.read1(65536)
+        if not block:
+            break
         *lines, rest = (rest + block).split(b"\n")
         yield lines
     if rest:
