@@ -1,10 +1,11 @@
 """Times transformer_model.py against its peers and prints the results as one table.
 
-    pip install torch transformers      the peers (without a GPU: torch's CPU build)
-    python tests/measure/benchmark.py           everything; below, what --only can choose from
+    pip install torch transformers ctranslate2      the peers (torch for CPUs will do)
+    python tests/measure/benchmark.py               everything, or what --only chooses:
 
     train     a training step: forward, backward, Adam; dropout 0.1, smoothing 0.1
-    decode    greedy and beam search with caches, as many tokens in every row
+    decode    greedy and beam search with caches, as many tokens in every row; beside
+              Marian of Hugging Face's transformers, and CTranslate2 with our weights
     rate      operations per second in a training step, and in bare matrix products
     tokens    time per new token in greedy decoding, the encoder's part included, for
               longer and longer outputs
@@ -15,7 +16,8 @@
 
 All run on the same device, in float32, with all processor cores, on the same sizes, and
 take turns. A ratio is ours / theirs: the median of the rounds' ratios and, in brackets,
-their middle half. Let nothing else run: it slows the peers down more than JAX.
+their middle half. All models of the training step have as many parameters. Let nothing
+else run: it slows the peers down more than JAX.
 """
 
 import argparse
@@ -54,6 +56,7 @@ SIZES = {  # the model, the batch size, and the length of both source and target
     "small": (tm.TransformerConfig(**vocabulary(64), **SMALL), 64, 16),
 }
 DROPOUT, SMOOTHING, EPSILON = 0.1, 0.1, 1e-6
+PROJECTIONS = "query", "key", "value", "output"
 LEARNING_RATE, BETAS, ADAM_EPSILON = 1e-4, (0.9, 0.98), 1e-9
 
 # ---- Taking turns, and the table -----------------------------------------------------
@@ -100,7 +103,8 @@ def compare(work, ours, peers, rounds):
             run = make()
             run()
             runs[name] = run
-        except (ImportError, RuntimeError) as error:  # torch.compile needs a compiler
+        except (ImportError, RuntimeError, ValueError) as error:
+            # torch.compile needs a compiler, CTranslate2 may lack CUDA.
             is_missing = isinstance(error, ImportError)
             reason = "not installed" if is_missing else "does not run here"
             print_line(work, "", name, "left out", reason)
@@ -121,6 +125,12 @@ def random_batch(batch_size, length):
 
 
 # ---- Training: ours, Flax's own layers, torch's own layers ---------------------------
+
+
+def num_parameters(config):
+    """Of our model."""
+    init, tokens = tm.Transformer(config).init, random_tokens(1, 1)
+    return optax.tree.size(jax.eval_shape(init, jax.random.key(0), tokens, tokens))
 
 
 def jax_training(config, batch, model=None):
@@ -160,7 +170,7 @@ class FlaxBlock(nn.Module):
             return nn.LayerNorm(EPSILON)(x + y)
 
         attention = functools.partial(
-            nn.MultiHeadDotProductAttention, self.config.num_heads
+            nn.MultiHeadDotProductAttention, self.config.num_heads, use_bias=False
         )
         x = add_and_norm(x, attention()(x, mask=mask))
         if memory is not None:
@@ -220,11 +230,13 @@ def torch_training(config, batch, is_compiled):
             sizes = width, heads, layers, layers, config.d_ff, DROPOUT
             options = {"layer_norm_eps": EPSILON, "batch_first": True}
             self.stacks = torch.nn.Transformer(*sizes, **options)
-            # As in the paper: no further norm at the end, and less dropout.
+            # As in the paper: no further norm at the end, no biases in attention (with
+            # bias=False the other layers would have none), and less dropout.
             self.stacks.encoder.norm = self.stacks.decoder.norm = None
             for module in self.stacks.modules():
                 if isinstance(module, torch.nn.MultiheadAttention):
                     module.dropout = 0.0
+                    module.in_proj_bias = module.out_proj.bias = None
                 elif hasattr(module, "linear1"):
                     module.dropout = torch.nn.Identity()
             self.dropout = torch.nn.Dropout(DROPOUT)
@@ -255,6 +267,7 @@ def torch_training(config, batch, is_compiled):
             return loss(logits.flatten(0, 1), labels.flatten()), accuracy
 
     model = Model().to(device)
+    assert sum(p.numel() for p in model.parameters()) == num_parameters(config)
     adam = {"lr": LEARNING_RATE, "betas": BETAS, "eps": ADAM_EPSILON, "fused": True}
     optimizer = torch.optim.Adam(model.parameters(), **adam)
     forward = torch.compile(model) if is_compiled else model
@@ -283,14 +296,20 @@ def train(sizes, rounds):
         compare(f"training step, {size}", jax_training(config, batch), peers, rounds)
 
 
-# ---- Decoding: ours, and Marian of Hugging Face's transformers -----------------------
+# ---- Decoding: ours, Marian of Hugging Face's transformers, CTranslate2 --------------
+
+
+def random_params(config):
+    """Parameters of ours, with which no output ends early."""
+    init, tokens = jax.jit(tm.Transformer(config).init), random_tokens(1, 1)
+    params = init(jax.random.key(0), tokens, tokens)["params"]
+    # The special tokens, EOS among them, get a logit of 0: never one of the highest.
+    params["embedding"] = params["embedding"].at[: tm.FIRST_SYMBOL_ID].set(0)
+    return params
 
 
 def our_decoding(config, src, num_tokens, beam_size=1):
-    model, src = tm.Transformer(config), jnp.asarray(src)
-    params = jax.jit(model.init)(jax.random.key(0), src, src)["params"]
-    # The special tokens, EOS among them, get a logit of 0: never one of the highest.
-    params["embedding"] = params["embedding"].at[: tm.FIRST_SYMBOL_ID].set(0)
+    model, src, params = tm.Transformer(config), jnp.asarray(src), random_params(config)
 
     def run():
         if beam_size == 1:
@@ -328,12 +347,85 @@ def marian_decoding(config, src, num_tokens, beam_size):
     return run
 
 
+def ctranslate2_spec(specs, config):
+    """Our model, with our parameters, as CTranslate2 describes one."""
+    params, layers = jax.device_get(random_params(config)), config.num_layers
+    spec = specs.TransformerSpec.from_config(layers, config.num_heads, pre_norm=False)
+    positions = tm.positional_encoding(config.max_len, config.d_model)
+    spec.encoder.embeddings[0].weight = params["embedding"]
+    spec.decoder.embeddings.weight = params["embedding"]
+    spec.decoder.projection.weight = params["embedding"]
+
+    def fill(linear, *parts):
+        linear.weight = np.concatenate([part["kernel"].T for part in parts])
+        if "bias" in parts[0]:
+            linear.bias = parts[0]["bias"]
+
+    for stack in ("encoder", "decoder"):
+        getattr(spec, stack).position_encodings.encodings = positions
+        for i, layer in enumerate(getattr(spec, stack).layer):
+            block = params[stack][f"blocks_{i}"]
+            parts = [layer.self_attention, layer.ffn]
+            q, k, v, out = (block["self_attention"][name] for name in PROJECTIONS)
+            fill(layer.self_attention.linear[0], q, k, v)
+            fill(layer.self_attention.linear[1], out)
+            if stack == "decoder":
+                parts.insert(1, layer.attention)
+                q, k, v, out = (block["cross_attention"][name] for name in PROJECTIONS)
+                fill(layer.attention.linear[0], q)
+                fill(layer.attention.linear[1], k, v)
+                fill(layer.attention.linear[2], out)
+            fill(layer.ffn.linear_0, block["feed_forward"]["inner"])
+            fill(layer.ffn.linear_1, block["feed_forward"]["outer"])
+            for j, part in enumerate(parts):
+                norm = block[f"add_and_norm_{j}"]["norm"]
+                part.layer_norm.gamma, part.layer_norm.beta = (
+                    norm["scale"],
+                    norm["bias"],
+                )
+    return spec
+
+
+def ctranslate2_decoding(config, src, num_tokens, beam_size):
+    import ctranslate2
+
+    spec = ctranslate2_spec(ctranslate2.specs, config)
+    spec.config.layer_norm_epsilon = EPSILON
+    # Its names of the special tokens. The others are named after their numbers.
+    names = ["<unk>", "<s>", "</s>", *map(str, range(3, config.tgt_vocab_size))]
+    spec.register_source_vocabulary(names)
+    spec.register_target_vocabulary(names)
+    spec.validate()
+    spec.optimize()  # one matrix of embeddings instead of three
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    threads = {"inter_threads": 1, "intra_threads": os.cpu_count()}
+    with tempfile.TemporaryDirectory() as folder:
+        spec.save(folder)
+        model = ctranslate2.Translator(
+            folder, device, compute_type="float32", **threads
+        )
+    sources = [[names[token] for token in row] for row in src]
+    options = {"beam_size": beam_size, "max_batch_size": 0}  # 0: all rows at once
+    options |= {"min_decoding_length": num_tokens, "max_decoding_length": num_tokens}
+
+    def run():
+        results = model.translate_batch(sources, **options)
+        outputs = [result.hypotheses[0] for result in results]
+        assert {len(output) for output in outputs} == {num_tokens}
+        return outputs
+
+    return run
+
+
 def decode(sizes, rounds):
     for size, (config, batch_size, length) in sizes.items():
         src = random_tokens(batch_size, length)
         for beam_size, name in ((1, "greedy"), (4, "beam of 4")):
             job = config, src, length, beam_size
-            peers = {"Marian.generate": functools.partial(marian_decoding, *job)}
+            peers = {
+                "Marian.generate": functools.partial(marian_decoding, *job),
+                "CTranslate2": functools.partial(ctranslate2_decoding, *job),
+            }
             compare(f"{name}, {size}", our_decoding(*job), peers, rounds)
 
 
@@ -426,12 +518,10 @@ def compilation(sizes, rounds):
 
 
 def memory(sizes, rounds):
-    config, *shape = sizes["base"]
+    config, *_ = sizes["base"]
     is_bf16 = config.dtype == "bfloat16"
     _, cached = in_new_processes(is_bf16, min(rounds, 3))  # compiling takes memory too
-    tokens = random_tokens(*shape)
-    init = functools.partial(tm.Transformer(config).init, jax.random.key(0))
-    least = 4 * 4 * optax.tree.size(jax.eval_shape(init, tokens, tokens)) / 1e6
+    least = 4 * 4 * num_parameters(config) / 1e6
     show = "{:,.0f} MB".format
     print_row("memory, base", cached["memory"], "4 x parameters", least, show)
 
@@ -450,7 +540,7 @@ def print_machine():
         model = text.partition("model name")[2].partition("\n")[0].strip("\t :")
         device = f"{model}, {os.cpu_count()} cores"
     versions = {d.name: d.version for d in importlib.metadata.distributions()}
-    names = ("jax", "flax", "optax", "torch", "transformers")
+    names = ("jax", "flax", "optax", "torch", "transformers", "ctranslate2")
     versions = ", ".join(f"{name} {versions.get(name, 'missing')}" for name in names)
     print(f"{device}\n{versions}")
 

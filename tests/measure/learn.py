@@ -1,27 +1,41 @@
-"""Trains transformer_model.py and JoeyNMT on the same pairs for as many minutes.
+"""Trains transformer_model.py and JoeyNMT on the same sentences for as many minutes.
 
+    pip install sacrebleu
     python3 -m venv joey
-    joey/bin/pip install torch joeynmt==2.3.0 importlib_metadata
-    python tests/measure/learn.py --pairs cmudict.tsv --joeynmt joey/bin/python
+    joey/bin/pip install torch joeynmt==2.3.0 sentencepiece==0.2.0 importlib_metadata
+    python tests/measure/learn.py --train train.tsv --valid val.tsv --test test.tsv \\
+        --minutes 30 --joeynmt joey/bin/python -- --vocab-size 4000 --dropout-rate 0.3
 
-JoeyNMT has an environment of its own, as it needs other packages. `--pairs` is a file
-as for the program, such as the README's of words and phonemes. Both models have two
-layers, width 128, four heads and an inner width of 512; both get batches of 128 pairs
-and all processor cores, one after the other. At the end each decodes, greedily, the
-same words, none of which has been in its training.
+The files are as for the program: lines of source<TAB>target, here of text that is
+lower-cased and tokenized, such as Multi30k's. After -- come options of the program's
+command `train`; what they say of sizes, dropout, batches and the seed holds for both.
+JoeyNMT has an environment of its own, as it needs other packages. One trains after the
+other; --only trains one alone, so that two runs can have a core each:
 
-Ours is the program's own training with its defaults; the averaged parameters decode. The
-minutes begin before the tokenizer is learnt, and all compilation counts.
+    taskset -c 0 python tests/measure/learn.py ... --only ours &
+    taskset -c 1 python tests/measure/learn.py ... --only joeynmt --joeynmt PYTHON
 
-JoeyNMT is given the characters of the source, and the target as words, for which it is
-made: one token is one phoneme. It has no recipe for this task. Its recipe here is that
-of its configs/transformer_small.yaml: Adam with betas 0.9 and 0.98, the schedule of the
-paper with factor 0.5 and 1,000 steps of warm-up, dropout 0.1, no label smoothing, and
-Xavier's initialization; beyond that pre-norm and the loss per token, as in its
-configurations for larger data. There is no validation in between, which takes time.
+The minutes begin before the subwords are learnt, and all compilation counts. In neither
+is there any validation in between, which takes time. Then the test set is translated,
+and sacrebleu counts BLEU and chrF on the text as it is.
+
+Ours is the program's own training. JoeyNMT's recipe is that of its own configurations:
+
+    configs/transformer_small.yaml            Adam with betas 0.9 and 0.98, the paper's
+                                              schedule with factor 0.5 and 1,000 steps of
+                                              warm-up, Xavier's initialization
+    configs/transformer_iwslt14_deen_bpe.yaml smoothing 0.1, the loss per token, one
+                                              vocabulary and one matrix for all
+                                              embeddings and the softmax, alpha 1.0
+    configs/wmt17_ende_sp.yaml                pre-norm; sentencepiece's unigram model with
+                                              character_coverage 1.0; no <unk> in outputs
+
+The inner width, 4 times the width, the number of pairs in a batch and the beam of 4 are
+those of the program.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -34,31 +48,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax
 import optax
+import sacrebleu
 
 import transformer_model as tm
-
-BATCH_SIZE = 128
 
 # ---- Ours ----------------------------------------------------------------------------
 
 
-def train_ours(pairs, held_out, seconds, seed):
-    """Returns the outputs for the sources held out, and a description of the run."""
+def train_ours(train, valid, sources, seconds, options):
+    """Returns a description of the run, and {what decodes: its outputs}."""
     start = time.perf_counter()
-    options = "train", pairs, "no model is saved", "--valid", held_out, "--seed", seed
-    parser, _ = tm.make_parser()
-    run, state = tm.set_up(parser.parse_args([str(option) for option in options]))
-    args = run.args
+    state, checkpoint, pairs, unseen = tm.start_run(train, valid, options, None)
     batches = tm.training_batches(
-        run.train_pairs, args.max_len, run.batch_size, args.seed
+        pairs, options.max_len, options.batch_size, options.seed
     )
+    metrics = None
     while (elapsed := time.perf_counter() - start) < seconds:
-        state, metrics = tm.train_step(state, next(batches), args.label_smoothing)
-        jax.block_until_ready(metrics)
-    sources = [source for source, _ in run.valid_pairs]
-    tokens = tm.decode_all(run.model, state.average, sources, beam_size=1)
-    outputs = [run.tokenizer.decode(row) for row in tokens]
-    return outputs, describe(int(state.step), optax.tree.size(state.params), elapsed)
+        batch, before = next(batches), metrics
+        state, metrics = tm.train_step(state, batch, options.label_smoothing)
+        jax.block_until_ready(before)  # Meanwhile the devices have this step to do.
+    run = describe(int(state.step), optax.tree.size(state.params), elapsed)
+    run += f", loss on the valid pairs {tm.unseen_loss(state, unseen, options.max_len):.3f}"
+    outputs, arrays = {}, tm.to_arrays(state)
+    for name, params in (("averaged", "average"), ("last", "params")):
+        model = checkpoint._replace(state={"average": arrays[params]})
+        for beam_size, search in ((4, "beam of 4"), (1, "greedy")):
+            key = f"{name} parameters, {search}"
+            outputs[key] = tm.translate(model, sources, beam_size)
+    return run, outputs
 
 
 def describe(steps, num_parameters, seconds):
@@ -67,61 +84,82 @@ def describe(steps, num_parameters, seconds):
 
 # ---- JoeyNMT -------------------------------------------------------------------------
 
-# What its own command line does, but that an alarm ends the training as Ctrl-C does, and
-# that it goes on with the model as it is then, and not with the best one validated.
+# What its own command lines do, `build_vocab` and `train`, but that an alarm ends the
+# training as Ctrl-C does, and that it goes on with the model as it is then, and not with
+# the best one validated.
 JOEYNMT = """
-import json, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
+import sentencepiece, torch
 from joeynmt.config import parse_global_args
 from joeynmt.prediction import prepare, test
 from joeynmt.training import TrainManager
 
-config, seconds, start = json.loads(sys.argv[1]), float(sys.argv[2]), time.time()
+config, seconds, size = json.loads(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+start, folder = time.time(), Path(config["model_dir"]).parent
+torch.set_num_threads(len(os.sched_getaffinity(0)))
 signal.signal(signal.SIGALRM, signal.default_int_handler)
 signal.setitimer(signal.ITIMER_REAL, seconds)
+sentencepiece.SentencePieceTrainer.Train(
+    input=[f"{folder}/train.src", f"{folder}/train.trg"], model_prefix=f"{folder}/sp",
+    model_type="unigram", vocab_size=size, character_coverage=1.0,
+    normalization_rule_name="identity", minloglevel=1,
+    unk_id=0, pad_id=1, bos_id=2, eos_id=3,
+    unk_piece="<unk>", pad_piece="<pad>", bos_piece="<s>", eos_piece="</s>",
+)
+lines = (folder / "sp.vocab").read_text(encoding="utf-8").splitlines()
+pieces = "".join(line.partition("\\t")[0] + "\\n" for line in lines)
+(folder / "vocab").write_text(pieces, encoding="utf-8")
+
 args = parse_global_args(config, rank=0, mode="train")
-model, train_data, dev_data, _ = prepare(args, rank=0, mode="train")
+model, train_data, dev_data, test_data = prepare(args, rank=0, mode="train")
 trainer = TrainManager(
     rank=0, model=model, model_dir=args.model_dir, device=args.device, seed=args.seed,
     n_gpu=args.n_gpu, num_workers=args.num_workers, autocast=args.autocast,
     train_args=args.train, dev_args=args.test,
 )
 trainer.train_and_validate(train_data=train_data, valid_data=dev_data)
+signal.setitimer(signal.ITIMER_REAL, 0)
 result = {
     "steps": trainer.stats.steps,
     "num_parameters": sum(p.numel() for p in model.parameters()),
     "seconds": time.time() - start,
 }
-Path(config["model_dir"], "result.json").write_text(json.dumps(result))
-prepared = {"dev": dev_data, "test": None, "model": model}
-test(config, output_path=config["model_dir"] + "/output", prepared=prepared)
+(folder / "result.json").write_text(json.dumps(result))
+prepared = {"dev": None, "test": test_data, "model": model}
+for beam_size in (4, 1):
+    config["testing"]["beam_size"] = beam_size
+    test(config, output_path=f"{folder}/beam_{beam_size}", prepared=prepared)
 """
 
 
-def joeynmt_config(folder, seed):
+def joeynmt_config(folder, options):
     """JoeyNMT's configuration, as its YAML files have it."""
-
-    def text(lang, level):
-        return {"lang": lang, "level": level, "lowercase": False}
+    width, rate, never = options.d_model, options.dropout_rate, 10**9
+    tokenizer = {"model_file": f"{folder}/sp.model", "model_type": "unigram"}
+    text = {"level": "bpe", "lowercase": False, "max_length": options.max_len - 1}
+    text |= {"voc_file": f"{folder}/vocab", "tokenizer_type": "sentencepiece"}
+    text |= {"tokenizer_cfg": tokenizer}
 
     def stack():
-        embeddings = {"embedding_dim": 128, "scale": True, "dropout": 0.1}
-        sizes = {"num_layers": 2, "num_heads": 4, "hidden_size": 128, "ff_size": 512}
-        options = {"dropout": 0.1, "layer_norm": "pre"}
-        return {"type": "transformer", "embeddings": embeddings} | sizes | options
+        embeddings = {"embedding_dim": width, "scale": True, "dropout": rate}
+        sizes = {"num_layers": options.num_layers, "num_heads": options.num_heads}
+        sizes |= {"hidden_size": width, "ff_size": 4 * width}
+        parts = {"dropout": rate, "layer_norm": "pre", "activation": "relu"}
+        return {"type": "transformer", "embeddings": embeddings} | sizes | parts
 
-    never = 10**9
     return {
         "name": "learn",
         "model_dir": f"{folder}/model",
         "use_cuda": jax.default_backend() == "gpu",
-        "random_seed": seed,
+        "random_seed": options.seed,
         "data": {
             "train": f"{folder}/train",
             "dev": f"{folder}/dev",
+            "test": f"{folder}/test",
             "dataset_type": "plain",
-            "src": text("src", "char"),
-            "trg": text("trg", "word"),
+            "src": {"lang": "src", **text},
+            "trg": {"lang": "trg", **text},
         },
         "training": {
             "optimizer": "adam",
@@ -131,22 +169,27 @@ def joeynmt_config(folder, seed):
             "learning_rate_min": 1e-12,
             "learning_rate_factor": 0.5,
             "learning_rate_warmup": 1000,
-            "label_smoothing": 0.0,
+            "label_smoothing": 0.1,
             "normalization": "tokens",
-            "batch_size": BATCH_SIZE,
+            "batch_size": options.batch_size,
             "batch_type": "sentence",
             "epochs": never,
             "validation_freq": never,
             "logging_freq": 1000,
         },
-        "testing": {"beam_size": 1, "batch_size": 64, "max_output_length": 64},
+        "testing": {
+            "beam_alpha": 1.0,
+            "batch_size": 64,
+            "max_output_length": options.max_len,
+            "generate_unk": False,
+        },
         "model": {
             "initializer": "xavier_uniform",
             "init_gain": 1.0,
             "bias_initializer": "zeros",
             "embed_initializer": "xavier_uniform",
             "embed_init_gain": 1.0,
-            "tied_embeddings": False,
+            "tied_embeddings": True,
             "tied_softmax": True,
             "encoder": stack(),
             "decoder": stack(),
@@ -154,61 +197,73 @@ def joeynmt_config(folder, seed):
     }
 
 
-def train_joeynmt(python, train, held_out, seconds, seed, folder):
-    """Returns the outputs for the sources held out, and a description of the run."""
-    for name, pairs in {"train": train, "dev": held_out}.items():
+def train_joeynmt(python, data, seconds, options, folder):
+    """Returns a description of the run, and {what decodes: its outputs}."""
+    for name, pairs in data.items():
         for suffix, texts in zip(("src", "trg"), zip(*pairs)):
             lines = "".join(f"{text}\n" for text in texts)
             (folder / f"{name}.{suffix}").write_text(lines, encoding="utf-8")
-    config, model_dir = joeynmt_config(folder, seed), folder / "model"
-    model_dir.mkdir()
-    command = [python, "-c", JOEYNMT, json.dumps(config), str(seconds)]
+    (folder / "model").mkdir()
+    config = json.dumps(joeynmt_config(folder, options))
+    command = [python, "-c", JOEYNMT, config, str(seconds), str(options.vocab_size)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"JoeyNMT failed:\n{done.stderr[-2000:]}")
-    result = json.loads((model_dir / "result.json").read_text())
-    outputs = (model_dir / "output.dev").read_text(encoding="utf-8").splitlines()
-    return outputs, describe(**result)
+    outputs = {}
+    for beam_size, search in ((4, "beam of 4"), (1, "greedy")):
+        text = (folder / f"beam_{beam_size}.test").read_text(encoding="utf-8")
+        outputs[f"last parameters, {search}"] = text.splitlines()
+    return describe(**json.loads((folder / "result.json").read_text())), outputs
 
 
 # ---- Command line --------------------------------------------------------------------
 
 
+def print_scores(name, run, outputs, test):
+    """Prints BLEU and chrF of all outputs, and a few of the first ones."""
+    print(f"{name}: {run}")
+    bleu, chrf = sacrebleu.BLEU(tokenize="none", force=True), sacrebleu.CHRF()
+    targets = [[target for _, target in test]]
+    for way, texts in outputs.items():
+        assert len(texts) == len(test)
+        scores = [metric.corpus_score(texts, targets).score for metric in (bleu, chrf)]
+        print("  {:<31} BLEU {:5.2f}   chrF {:5.2f}".format(way, *scores))
+    for (source, target), text in zip(test[:3], next(iter(outputs.values()))):
+        print(f"  {source}\n    {text}\n    reference: {target}")
+    sys.stdout.flush()
+
+
 def main():
+    mine, rest = sys.argv[1:], []
+    if "--" in mine:
+        split = mine.index("--")
+        mine, rest = mine[:split], mine[split + 1 :]
     parser = argparse.ArgumentParser(description="Trains ours and JoeyNMT alike.")
     add = parser.add_argument
-    add("--pairs", required=True, metavar="FILE", help="lines of source<TAB>target")
+    for name in ("train", "valid", "test"):
+        add(f"--{name}", required=True, metavar="FILE", help="lines source<TAB>target")
+    add("--minutes", type=float, default=30, metavar="N", help="of each (default 30)")
     add("--joeynmt", metavar="PYTHON", help="that has JoeyNMT; without it, ours alone")
-    add("--minutes", type=float, default=3, metavar="N", help="of each (default 3)")
-    add("--held-out", type=int, default=2000, metavar="N", help="pairs (default 2000)")
-    add("--seed", type=int, default=0, metavar="N", help="of all (default 0)")
-    args = parser.parse_args()
-    longest = 127  # tokens, without EOS; a byte needs no more than one
-    pairs = tm.read_pairs(args.pairs)
-    short = [p for p in pairs if max(len(text.encode()) for text in p) <= longest]
-    held_out = tm.hold_out(short, args.held_out, args.seed)
-    sources, targets = zip(*held_out)
-    train = [pair for pair in short if pair[0] not in set(sources)]
-    seconds, scores = 60 * args.minutes, {}
-    print(
-        f"{len(train):,} pairs, {args.minutes:g} minutes, {len(os.sched_getaffinity(0))} cores"
-    )
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        files = folder / "pairs.tsv", folder / "held_out.tsv"
-        for file, some in zip(files, (train, held_out)):
-            file.write_text("".join(f"{a}\t{b}\n" for a, b in some), encoding="utf-8")
-        scores["ours"] = train_ours(*files, seconds, args.seed)
-        if args.joeynmt:
-            job = train, held_out, seconds, args.seed, folder
-            scores["JoeyNMT"] = train_joeynmt(args.joeynmt, *job)
-    for name, (outputs, run) in scores.items():
-        assert len(outputs) == len(targets)
-        right = sum(map(str.__eq__, outputs, targets))
-        share = (
-            f"{right:,} of {len(targets):,} exactly right ({right / len(targets):.1%})"
-        )
-        print(f"{name:<8} {share}; {run}")
+    add("--only", choices=("ours", "joeynmt"), help="train one of them")
+    args = parser.parse_args(mine)
+    if args.only == "joeynmt" and not args.joeynmt:
+        parser.error("--only joeynmt needs --joeynmt PYTHON")
+    given = tm.make_parser().parse_args(["train", args.train, "-", *rest])
+    names = [field.name for field in dataclasses.fields(tm.Options)]
+    options = tm.Options(**{name: getattr(given, name) for name in names})
+    train, valid, test = map(tm.read_pairs, (args.train, args.valid, args.test))
+    train = tm.without_sources(train, [*valid, *test])
+    cores = len(os.sched_getaffinity(0))
+    print(f"{len(train):,} pairs, {args.minutes:g} minutes, {cores} cores; {options}")
+    if args.only != "joeynmt":
+        sources = [source for source, _ in test]
+        job = train, valid, sources, 60 * args.minutes, options
+        print_scores("ours", *train_ours(*job), test)
+    if args.joeynmt and args.only != "ours":
+        data = {"train": train, "dev": valid, "test": test}
+        with tempfile.TemporaryDirectory() as name:
+            job = args.joeynmt, data, 60 * args.minutes, options, Path(name)
+            print_scores("JoeyNMT", *train_joeynmt(*job), test)
 
 
 if __name__ == "__main__":

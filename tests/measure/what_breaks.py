@@ -2,18 +2,26 @@
 
     python tests/measure/what_breaks.py                  all rows
     python tests/measure/what_breaks.py causal heads     rows whose name holds a word
-    python tests/measure/what_breaks.py --seeds 2        each row with the seeds 0 and 1
+    python tests/measure/what_breaks.py --task deep      the rows of a task
+    python tests/measure/what_breaks.py --seeds 5        each row with the seeds 0 to 4
     python tests/measure/what_breaks.py -- --d-model 128   the program's options, after --
 
-Each row is one line of transformer_model.py changed, in a copy, or an option of its
-command `train`; the place is printed, so that the change can be repeated by hand.
+Each row is one line of transformer_model.py changed, in a copy, or options of its
+command `train`; the place is printed, so that the change can be repeated by hand. Then
+come, for all seeds, how many of 500 unseen words are exactly right, and the loss.
 
-The task is to reverse a word and write every letter three times: "abc" becomes
-"cccbbbaaa". The demo would show less: its one layer gets along without residuals, and
-where source and target are of one length, a source has as much padding in training as
-later on. Here every target is longer than its source, which in training is padded to
-the target's width and in decoding is not. There are two thousand pairs, so that each is
-seen about twenty times: what keeps a model from learning by heart can show.
+A part shows only where it is needed, so there are several tasks, and each begins with a
+row "nothing". All have words for sources. Their lengths differ, so that a source has
+padding, of which there is more in training, where it gets the width of its target, than
+in decoding. No more steps are taken than the whole model needs, so that a part shows
+that only speeds learning up.
+
+    reverse  "abc" becomes "cccbbbaaa", by three layers. With one layer, as in the demo,
+             residuals would not be missed.
+    deep     the same by six layers, which is where a norm, its place and a warm-up count
+    triples  a letter of the target stands for three of the source, by one layer: it has
+             to look at three places at once
+    few      the same as "reverse" by two layers, from 300 pairs, each seen 200 times
 """
 
 import argparse
@@ -22,69 +30,137 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 SOURCE = (Path(__file__).resolve().parents[2] / "transformer_model.py").read_text()
 
-# Enough layers for residuals and LayerNorm to matter, and no more steps than the whole
-# model needs, so that a part shows that only speeds learning up.
-OPTIONS = "--num-layers 3 --d-model 64 --batch-size 64 --steps 700 --warmup 200"
-OPTIONS += " --vocab-size 259 --max-len 32"
+# ---- The tasks -----------------------------------------------------------------------
 
-# What is taken away, a string that occurs once, and what stands there instead; or an
-# empty string, and options.
+
+class Task(NamedTuple):
+    target: Callable  # of a word
+    letters: int  # in the alphabet
+    lengths: tuple  # of the shortest and of the longest word
+    num_pairs: int  # to train on
+    options: str  # of the program
+
+
+def triple_reversed(word):
+    """
+    >>> triple_reversed("abc")
+    'cccbbbaaa'
+    """
+    return "".join(3 * letter for letter in reversed(word))
+
+
+def from_three(word):
+    """Letter i of the target is one of 27, A to [, for three letters of the source: the
+    one at i, the one as far from the end, and the one half a word further on.
+
+    >>> from_three("abc")
+    'PWC'
+    """
+    letters, length = ["abc".index(letter) for letter in word], len(word)
+    numbers = (
+        letters[i]
+        + 3 * letters[length - 1 - i]
+        + 9 * letters[(i + length // 2) % length]
+        for i in range(length)
+    )
+    return "".join(chr(ord("A") + number) for number in numbers)
+
+
+SIZES = "--vocab-size 259 --max-len 32 --batch-size 64 "
+SIZES += "--num-layers {} --d-model {} --steps {} --warmup-steps {}"
+TASKS = {
+    "reverse": Task(triple_reversed, 26, (3, 7), 2000, SIZES.format(3, 64, 700, 200)),
+    "deep": Task(triple_reversed, 26, (3, 7), 2000, SIZES.format(6, 32, 700, 200)),
+    "triples": Task(from_three, 3, (7, 11), 5000, SIZES.format(1, 64, 500, 200)),
+    "few": Task(triple_reversed, 26, (3, 7), 300, SIZES.format(2, 64, 1000, 200)),
+}
+
+
+def write_pairs(path, task, number, seed):
+    """Writes pairs of different random words and their targets."""
+    rng, words = np.random.default_rng(seed), {}
+    shortest, longest = task.lengths
+    while len(words) < number:
+        length, first = rng.integers(shortest, longest + 1), ord("a")
+        word = rng.integers(first, first + task.letters, length)
+        words["".join(map(chr, word))] = None
+    path.write_text("".join(f"{word}\t{task.target(word)}\n" for word in words))
+
+
+# ---- What is taken away --------------------------------------------------------------
+
+
+class Change(NamedTuple):
+    name: str
+    old: str  # a string that occurs once, or an empty one
+    new: str  # what stands there instead; or options
+    task: str
+    options: str = ""  # more of them
+
+
+PRE_NORM = "norm_first: bool = False", "norm_first: bool = True"
 CHANGES = [
-    ("nothing", "", ""),
-    (
+    Change("nothing", "", "", "reverse"),
+    Change(
         "causal mask",
         "self_mask = padding_mask(tgt) & causal_mask(tgt.shape[1])",
         "self_mask = padding_mask(tgt)",
+        "reverse",
     ),
-    (
+    Change(
         # Of a source alone, which does not begin with BOS: in decoding, PAD is also
         # what marks the places that have no token yet.
         "padding mask",
         "return (tokens != PAD_ID)[:, None, None, :]",
         "return ((tokens != PAD_ID) | (tokens[:, :1] != BOS_ID))[:, None, None, :]",
+        "reverse",
     ),
-    (
+    Change(
         "positions",
         "x = x + jnp.asarray(positional_encoding(max_len, d_model))[position]",
         "x = x + 0",
+        "reverse",
     ),
-    (
+    Change(
         "division by sqrt(K)",
-        "query, key) / np.sqrt(query.shape[-1])",
+        "query, key) / query.shape[-1] ** 0.5",
         "query, key)",
+        "reverse",
     ),
-    ("heads but one", "", "--num-heads 1"),
-    ("residuals", "x = x + self.dropout(y, ", "x = self.dropout(y, "),
-    (
-        "LayerNorm",
-        "return nn.LayerNorm(epsilon=1e-6, dtype=config.dtype)",
-        "return lambda x: x",
-    ),
-    (
-        "post-norm",  # but pre-norm
-        "norm_first: bool = False",
-        "norm_first: bool = True",
-    ),
-    (
+    Change("residuals", "x = x + self.dropout(y, ", "x = self.dropout(y, ", "reverse"),
+    Change(
         "factor sqrt(D)",
         "x = jnp.take(embedding, tokens, axis=0) * d_model**0.5",
         "x = jnp.take(embedding, tokens, axis=0)",
+        "reverse",
     ),
-    (
+    Change(
         "label shift",
         'inputs, labels = batch["tgt"][:, :-1], batch["tgt"][:, 1:]',
         'inputs, labels = batch["tgt"][:, :-1], batch["tgt"][:, :-1]',
+        "reverse",
     ),
-    ("warm-up", "", "--warmup 1"),
-    ("dropout", "", "--dropout 0"),
-    ("label smoothing", "", "--label-smoothing 0"),
-    ("averaging", "share = 10 / (9 + state.step)", "share = 1"),
+    Change("several heads", "", "--num-heads 1", "triples"),
+    Change("averaging", "state.average, 1 / m)", "state.average, 1)", "triples"),
+    Change(
+        "LayerNorm",
+        "return nn.LayerNorm(epsilon=1e-6, dtype=config.dtype)",
+        "return lambda x: x",
+        "deep",
+    ),
+    Change("warm-up", "", "--warmup-steps 20", "deep"),
+    Change("post-norm", *PRE_NORM, "deep"),
+    Change("both of these", *PRE_NORM, "deep", "--warmup-steps 20"),
+    Change("dropout", "", "--dropout-rate 0", "few"),
+    Change("label smoothing", "", "--label-smoothing 0", "few"),
 ]
 
 
@@ -101,32 +177,25 @@ def changed_function(old):
     return ".".join(names)
 
 
-def write_pairs(path, number, seed):
-    """Writes the task's pairs: different words of 3 to 7 letters, and their targets."""
-    rng, words = np.random.default_rng(seed), {}
-    while len(words) < number:
-        letters = rng.integers(ord("a"), ord("z") + 1, rng.integers(3, 8))
-        words["".join(map(chr, letters))] = None
-    lines = (f"{word}\t{''.join(3 * c for c in reversed(word))}\n" for word in words)
-    path.write_text("".join(lines))
+# ---- Running -------------------------------------------------------------------------
 
 
-def run(source, options):
-    """The score of a training run: exactly right, of how many, loss."""
+def run(source, task, options):
+    """Trains -> how many are right and the loss, as str, or an error and nothing."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         script, pairs, valid = (folder / n for n in ("program.py", "pairs", "valid"))
         script.write_text(source)
-        write_pairs(pairs, 2000, seed=0)
-        write_pairs(valid, 500, seed=1)
+        write_pairs(pairs, task, task.num_pairs, seed=0)
+        write_pairs(valid, task, 500, seed=1)
         command = [sys.executable, script, "train", pairs, folder / "model"]
-        command += ["--valid", valid, *OPTIONS.split(), *options]
+        command += ["--valid", valid, *task.options.split(), *options]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
-    found = re.search(r"loss (\S+), (\d+) of (\d+) exactly right", done.stdout)
-    if not found:
-        return f"{(done.stderr.splitlines() or ['no output'])[-1]:.60}"
-    loss, right, total = found.groups()
-    return f"{right:>4} of {total}  {loss:>8}"
+    right = re.findall(r"(\d+) of \d+ unseen pairs exactly right", done.stderr)
+    losses = re.findall(r"^step .* unseen (\d\S*),", done.stderr, re.MULTILINE)
+    if done.returncode or not right or not losses:
+        return (done.stderr.splitlines() or ["no output"])[-1][:60], ""
+    return right[-1], losses[-1]
 
 
 def main():
@@ -138,17 +207,28 @@ def main():
     add = parser.add_argument
     add("words", nargs="*", metavar="WORD", help="rows whose name holds it; or all")
     add("--seeds", type=int, default=1, metavar="N", help="runs of each (default 1)")
+    add("--task", action="append", choices=TASKS, help="its rows; or of all tasks")
     args = parser.parse_args(mine)
-    print(f"{'without':<23} {'in':<29} {'exactly right':>13}  {'loss':>8}")
-    for name, old, new in CHANGES:
-        if args.words and not any(word in name for word in args.words):
-            continue
+    rows = []
+    for task in args.task or TASKS:
+        some = [change for change in CHANGES[1:] if change.task == task]
+        if args.words:
+            some = [row for row in some if any(word in row.name for word in args.words)]
+        if some:
+            rows += [CHANGES[0]._replace(task=task), *some]
+    width = 5 * args.seeds
+    print(f"{'without':<20} {'in':<29} {'task':<8} {'right':>{width}}  loss")
+    for name, old, new, task, more in rows:
         place = changed_function(old) if old else new
         source = SOURCE.replace(old, new) if old else SOURCE
-        more = [] if old else new.split()
+        given = [*options, *more.split(), *([] if old else new.split())]
+        print(f"{name:<20} {place:<29} {task:<8}", end=" ", flush=True)
+        losses = []
         for seed in range(args.seeds):
-            score = run(source, ["--seed", str(seed), *options, *more])
-            print(f"{name:<23} {place:<29} {score:>13}", flush=True)
+            right, loss = run(source, TASKS[task], ["--seed", str(seed), *given])
+            print(f"{right:>4}", end=" ", flush=True)
+            losses.append(loss)
+        print("", *losses)
 
 
 if __name__ == "__main__":
