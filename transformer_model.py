@@ -865,10 +865,12 @@ def attention_weights(model, params, src, outputs):
     src int [B, S], outputs int [B, T] as a search returns them -> float32 [B, T, S]. Row
     t is what the decoder looked at to find token t of the output.
     """
+    # The decoder's input is what training would make of the output: BOS, and all but
+    # its last token.
     tgt = jnp.pad(outputs[:, :-1], ((0, 0), (1, 0)), constant_values=BOS_ID)
     variables, record = {"params": params}, "intermediates"
     _, recorded = model.apply(variables, src, tgt, mutable=[record])
-    last_block = list(recorded[record]["decoder"].values())[-1]
+    last_block = list(recorded[record]["decoder"].values())[-1]  # as they were run
     return last_block["cross_attention"]["weights"][-1].mean(axis=1)
 
 
@@ -907,7 +909,7 @@ def demo(steps=1000, seed=0):
         chosen = [known[i] for i in rng.integers(len(known), size=64)]
         batch = to_batch([(word, word[::-1]) for word in chosen], config.max_len)
         state, metrics = train_step(state, batch)
-        if step % 100 == 0:
+        if step % 100 == 0 or step == steps:  # Smoothing keeps the loss above 0.63.
             print(f"step {step:4}   loss {metrics['loss']:.4f}", flush=True)
 
     # From here on, the averaged parameters and words that were never trained on.
@@ -1316,17 +1318,10 @@ class Options:
 
     def config(self, vocab_size):
         """The configuration of the model, when the vocabulary has been learnt."""
-        return TransformerConfig(
-            src_vocab_size=vocab_size,
-            tgt_vocab_size=vocab_size,
-            d_model=self.d_model,
-            num_heads=self.num_heads,
-            num_layers=self.num_layers,
-            d_ff=4 * self.d_model,
-            dropout_rate=self.dropout_rate,
-            max_len=self.max_len,
-            dtype=self.dtype,
-        )
+        names = {field.name for field in dataclasses.fields(TransformerConfig)}
+        same = {name: value for name, value in asdict(self).items() if name in names}
+        sizes = {"src_vocab_size": vocab_size, "tgt_vocab_size": vocab_size}
+        return TransformerConfig(**sizes, **same, d_ff=4 * self.d_model)
 
 
 def log(text):
@@ -1668,25 +1663,23 @@ def main(argv=None):
     0 done; 2 a mistake on the command line or in a file; 130 Ctrl-C; 1 anything else.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
-        argv = ["demo", *argv]
+    has_command = argv and (argv[0] in ("-h", "--help") or not argv[0].startswith("-"))
     try:
-        try:
-            return run(make_parser().parse_args(argv))
-        except (InputError, FloatingPointError) as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            return 2 if isinstance(error, InputError) else 1
-        except OSError as error:
-            if error.filename is None:
-                raise
-            print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-            return 2
+        return run(make_parser().parse_args(argv if has_command else ["demo", *argv]))
+    except InputError as error:
+        message, status = error, 2
+    except FloatingPointError as error:
+        message, status = error, 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message, status = f"{error.filename}: {error.strerror}", 2
     except SystemExit as error:  # argparse ends so, after a mistake and after --help.
         return error.code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # Whoever read the output, as `head` does, has gone.
-        return 1
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return status
 
 
 if __name__ == "__main__":
@@ -1698,6 +1691,8 @@ if __name__ == "__main__":
         sys.stdout.reconfigure(encoding="utf-8")  # wherever it goes, on every system
     try:
         status = main()
+    except BrokenPipeError:  # Whoever read the output, as `head` does, has gone.
+        status = 1
     except Exception:  # noqa: BLE001
         traceback.print_exc()
         status = 1

@@ -1,4 +1,6 @@
-"""Section 9: the cached step, greedy decoding and beam search; decoding in batches."""
+"""Section 9: the cached step, greedy decoding and beam search. Then what an output has
+attended to, and searches of many sources.
+"""
 
 import dataclasses
 import functools
@@ -17,7 +19,7 @@ SMALL = dataclasses.replace(
     TINY, tgt_vocab_size=4, num_layers=1, max_len=9, norm_first=True
 )
 MODEL = tm.Transformer(SMALL)
-SEEDS = (1, 2, 5, 6)  # some rows end at once, some later, some never
+SEEDS = (3, 17, 33, 35)  # some rows end at once, some later, some never
 
 
 @functools.cache
@@ -36,7 +38,7 @@ def deep():
 
 @functools.cache
 def jitted_apply(model):
-    return jax.jit(model.apply, static_argnames="method")
+    return jax.jit(model.apply, static_argnames=("method", "mutable"))
 
 
 def log_probabilities(model, params, src, tokens):
@@ -105,15 +107,6 @@ def decoded_without_cache(model, params, src, max_len):
         tokens[:, position + 1] = np.where(ended, tm.PAD_ID, token)
         ended |= token == tm.EOS_ID
     return tokens[:, 1:]
-
-
-def test_greedy_equals_decoding_without_cache():
-    model, params = deep()
-    expected = decoded_without_cache(model, params, SRC, max_len=12)
-    decoded = tm.greedy_decode(model, params, SRC, max_len=12)
-    assert decoded.shape == (5, 12) and decoded.dtype == jnp.int32
-    np.testing.assert_array_equal(decoded, expected)
-    assert len(np.unique(expected, axis=0)) > 1
 
 
 def test_greedy_rows_end_at_different_times_and_stay_ended():
@@ -258,72 +251,111 @@ def test_output_depends_neither_on_other_rows_nor_on_padding(beam_size):
         tokens, scores = tm.beam_search(MODEL, params, src, 7, beam_size)
         return np.array(tokens), np.array(scores)
 
-    order = np.array([3, 1, 4, 0, 2])
-    wider = np.pad(SRC, ((0, 0), (0, 2)))
+    order, rest, every = [3, 1, 4, 0, 2], [0, 2, 3, 4], slice(None)
+    broken, wider = SRC.copy(), np.pad(SRC, ((0, 0), (0, 2)))
+    broken[1, 2] = -1  # Of this source, the logits are NaN.
+    cases = [(SRC[order], every, order), (broken, rest, rest)]
+    cases += [(wider[row : row + 1], every, [row]) for row in range(5)]
     for seed in SEEDS:
         params = small_params(seed)
         tokens, scores = search(params, SRC)
-        others = {"other order": (search(params, SRC[order]), order)}
-        broken = SRC.copy()
-        broken[1, 2] = -1  # Of this source, the logits are NaN.
-        rest = np.array([0, 2, 3, 4])
-        found = [x[rest] for x in search(params, broken)]
-        others["beside NaN"] = found, rest
-        for row in range(5):
-            found = search(params, wider[row : row + 1])
-            others[f"row {row} alone"] = found, np.array([row])
-        for name, ((other_tokens, other_scores), rows) in others.items():
-            np.testing.assert_array_equal(other_tokens, tokens[rows], err_msg=name)
-            np.testing.assert_allclose(other_scores, scores[rows], atol=1e-4)
+        for src, found, rows in cases:
+            other_tokens, other_scores = search(params, src)
+            np.testing.assert_array_equal(other_tokens[found], tokens[rows])
+            np.testing.assert_allclose(other_scores[found], scores[rows], atol=1e-4)
+
+
+# ---- What an output has attended to --------------------------------------------------
+
+
+def test_attention_weights_are_those_of_the_parallel_pass():
+    """Of cross-attention in the last block, when the output is the target."""
+    model, params = deep()
+    outputs = random_tokens(5, 12, seed=8, lengths=[12, 5, 9, 2, 12])
+    weights = tm.attention_weights(model, params, SRC, outputs)
+    tgt = np.pad(outputs[:, :-1], ((0, 0), (1, 0)), constant_values=tm.BOS_ID)
+    mutable = {"mutable": ("intermediates",)}
+    _, more = jitted_apply(model)({"params": params}, SRC, tgt, **mutable)
+    (sown,) = more["intermediates"]["decoder"]["blocks_1"]["cross_attention"]["weights"]
+    np.testing.assert_allclose(weights, np.array(sown).mean(axis=1), atol=1e-6)
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
+    assert weights.shape == (5, 12, 7)
+
+
+class TiedDecoder(tm.Decoder):
+    """A decoder that is one block, called again and again."""
+
+    def setup(self):
+        self.blocks = [tm.DecoderBlock(self.config)] * self.config.num_layers
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_attention_weights_are_those_of_the_last_block(tied, monkeypatch):
+    """Attention now gives the number of its call as its weights. It is called once for
+    each of the encoder's 12 blocks and twice for each of the decoder's. By name, the
+    last of these would be blocks_9.
+    """
+    if tied:
+        monkeypatch.setattr(tm, "Decoder", TiedDecoder)
+    sizes = {"num_layers": 12, "max_len": 8 + tied}
+    config = dataclasses.replace(SMALL, norm_first=False, **sizes)
+    model, numbers = tm.Transformer(config), itertools.count(1)
+    params = random_params(model, SRC, SRC)
+
+    def attention(query, key, value, mask):
+        shape = *query.shape[:3], key.shape[2]
+        return query, jnp.full(shape, next(numbers), jnp.float32)
+
+    monkeypatch.setattr(tm, "scaled_dot_product_attention", attention)
+    weights = tm.attention_weights(model, params, SRC, SRC)
+    np.testing.assert_array_equal(weights, np.full((5, 7, 7), 12 + 2 * 12))
+
+
+@pytest.mark.parametrize("beam_size", [1, 3])
+def test_find_best_takes_the_first_of_the_beam(beam_size):
+    params = small_params(17)
+    expected = tm.beam_search(MODEL, params, SRC, 7, 3)[0][:, 0]
+    if beam_size == 1:
+        expected = tm.greedy_decode(MODEL, params, SRC, 7)
+    (alone,) = tm.find_best(MODEL, params, beam_size, False, SRC, 7)
+    best, weights = tm.find_best(MODEL, params, beam_size, True, SRC, 7)
+    np.testing.assert_array_equal(alone, expected)
+    np.testing.assert_array_equal(best, expected)
+    attended = tm.attention_weights(MODEL, params, SRC, expected)
+    np.testing.assert_allclose(weights, attended, atol=1e-6)
 
 
 # ---- Many sources --------------------------------------------------------------------
 
-LONG = tm.Transformer(dataclasses.replace(SMALL, max_len=70))
 
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 33, 64, 65, 150])
+def test_many_sources_are_searched_in_few_shapes(number):
+    """They are padded to 8, 17, 35 or 70 tokens with EOS, the short ones together. A
+    batch is 64 of them, or a power of two that is enough, and one that would not be full
+    has a source several times, because PAD alone would never end. No output has more
+    than 70 tokens, or 50 more than its padded source.
+    """
+    rng, shapes = np.random.default_rng(number), []
+    sources = [[3 + i] * n for i, n in enumerate(rng.integers(1, 70, number).tolist())]
 
-def endless_params():
-    """Parameters of a model that says 3, whatever it has read, and never EOS."""
-    params = jax.tree.map(jnp.zeros_like, small_params(1))
-    bias = params["decoder"]["norm"]["bias"] + 1
-    params["decoder"]["norm"]["bias"] = bias
-    params["output"] = params["output"].at[3].set(1)
-    return params
+    def search(src, max_len):
+        """Returns the first token of each source, and its length."""
+        shapes.append((*src.shape, max_len))
+        lengths = (src == tm.EOS_ID).argmax(axis=1)
+        for row, length in zip(src.tolist(), lengths):
+            assert row[:length] in sources and row[length] == tm.EOS_ID
+            assert not any(row[length + 1 :])
+        return jnp.array(src[:, 0]), jnp.array(lengths)
 
-
-def sources_of(lengths):
-    """Random sources of these lengths, as lists of tokens without EOS."""
-    rows = random_tokens(len(lengths), 40, seed=7)
-    return [row[:n].tolist() for row, n in zip(rows, lengths)]
-
-
-# Batches hold 64 sources, the shortest first.
-SOURCES = sources_of([20, *[5, 6, 1] * 21, 7, 30])
-SHORT = [source for source in SOURCES if len(source) < 8]
-
-
-def test_outputs_are_limited_to_the_sources_width_and_50():
-    """A batch is 8 wide, or 17, 35 or 70, and no output has more than 70 tokens."""
-    outputs = tm.decode_all(LONG, endless_params(), SOURCES, beam_size=1)
-    for source, output in zip(SOURCES, outputs):
-        assert output == [3] * (8 + 50 if len(source) < 8 else 70)
-    outputs = tm.decode_all(LONG, endless_params(), SHORT[:1], beam_size=2)
-    assert outputs == [[3] * 58]
-
-
-def test_outputs_come_in_the_order_of_the_sources_and_end_before_eos():
-    assert len(SHORT) == 64
-    seen = set()
-    for seed in SEEDS:
-        params = small_params(seed)
-        outputs = tm.decode_all(LONG, params, SOURCES, beam_size=1)
-        rows = tm.pad([[*source, tm.EOS_ID] for source in SHORT], 8)
-        expected = np.array(tm.greedy_decode(LONG, params, rows, 58))
-        of_short = [o for s, o in zip(SOURCES, outputs) if len(s) < 8]
-        for output, row in zip(of_short, expected):
-            assert output == row[: lengths_of(row) - (tm.EOS_ID in row)].tolist()
-            seen.add(tuple(output))
-    assert len(seen) >= 4, seen
+    found = tm.search_all(search, sources, 70)
+    assert [(int(first), int(n)) for first, n in found] == [
+        (s[0], len(s)) for s in sources
+    ]
+    num_rows = min(64, 1 << max(0, number - 1).bit_length())
+    limits = {8: 58, 17: 67, 35: 70, 70: 70}
+    widths = sorted(next(w for w in limits if w > len(s)) for s in sources)
+    widest = [max(widths[i : i + 64]) for i in range(0, number, 64)]
+    assert shapes == [(num_rows, width, limits[width]) for width in widest]
 
 
 # ---- Searches that cannot work -------------------------------------------------------
@@ -331,8 +363,8 @@ def test_outputs_come_in_the_order_of_the_sources_and_end_before_eos():
 
 @pytest.mark.parametrize("search", [tm.greedy_decode, tm.beam_search])
 def test_searches_that_cannot_work_are_refused(search):
-    params = small_params(1)
-    with pytest.raises(ValueError, match="max_len=10 is above the model's, 9"):
+    params = small_params(17)
+    with pytest.raises(ValueError, match="max_len must be at most 9, not 10"):
         search(MODEL, params, SRC, 10)
     with pytest.raises(ValueError, match="above max_len=9"):
         search(MODEL, params, np.full((2, 10), 3), 3)
@@ -340,5 +372,5 @@ def test_searches_that_cannot_work_are_refused(search):
         search(MODEL, params, SRC.astype(np.float32), 3)
     for head in ("softmax", "none"):
         other = tm.Transformer(dataclasses.replace(SMALL, head=head))
-        with pytest.raises(ValueError, match=f'"logits", not .{head}'):
+        with pytest.raises(ValueError, match=f'"logits" .*, not .{head}'):
             search(other, params, SRC, 3)

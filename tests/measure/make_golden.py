@@ -52,7 +52,9 @@ def make_stack(kind, norm_first):
 
 
 def random_weights(stack):
-    """Returns weights for all of a stack's names, none of them left at zero or one."""
+    """Returns weights for all of a stack's names, none of them left at zero or one but
+    the biases of attention's projections, which are zero: ours have none.
+    """
     weights = {}
     for name, value in stack.state_dict().items():
         noise = torch.randn(value.shape)
@@ -62,6 +64,8 @@ def random_weights(stack):
             weights[name] = 1 + noise / 2
         else:
             weights[name] = noise / 2
+        if "attn" in name and name.endswith("bias"):
+            weights[name] = torch.zeros(value.shape)
     return weights
 
 
