@@ -642,8 +642,8 @@ def train_step(state, batch, label_smoothing=0.1):
 
     (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state = state.apply_gradients(grads=gradients)
-    # If each step replaces one part in m of it, an average remembers about m steps. Here
-    # m is a tenth of the steps so far.
+    # An average of which each step replaces one part in m remembers about the last m
+    # steps. Here these are a tenth of the steps so far.
     m = jnp.maximum(1, jnp.float32(state.step) / 10)
     average = optax.incremental_update(state.params, state.average, 1 / m)
     return state.replace(average=average), metrics
@@ -855,7 +855,8 @@ def random_words(number, seed):
 
 def to_letters(tokens):
     """Tokens -> str; the special ones stand for no letter."""
-    return "".join(chr(ord("a") + t - 3) for t in tokens if t >= FIRST_SYMBOL_ID)
+    letters = [token - FIRST_SYMBOL_ID for token in tokens if token >= FIRST_SYMBOL_ID]
+    return "".join(chr(ord("a") + letter) for letter in letters)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -870,7 +871,8 @@ def attention_weights(model, params, src, outputs):
     tgt = jnp.pad(outputs[:, :-1], ((0, 0), (1, 0)), constant_values=BOS_ID)
     variables, record = {"params": params}, "intermediates"
     _, recorded = model.apply(variables, src, tgt, mutable=[record])
-    last_block = list(recorded[record]["decoder"].values())[-1]  # as they were run
+    # The blocks are in the order in which they ran; a weight is the last of a tuple.
+    last_block = list(recorded[record]["decoder"].values())[-1]
     return last_block["cross_attention"]["weights"][-1].mean(axis=1)
 
 
@@ -963,9 +965,7 @@ def learn_merges(word_counts, number):
 
     words = [(spell(word), times) for word, times in word_counts.items()]
     counts = collections.Counter()  # how often each pair occurs
-    places = collections.defaultdict(
-        set
-    )  # the numbers of the words that have, or had, it
+    places = collections.defaultdict(set)  # the numbers of the words it occurs in
     for i, (spelling, times) in enumerate(words):
         for pair in pairs_of(spelling):
             counts[pair] += times
@@ -979,19 +979,21 @@ def learn_merges(word_counts, number):
         count, pair = heapq.heappop(heap)
         if -count != counts[pair]:
             continue
-        token, changed = chr(FIRST_MERGE_ID + len(merges)), set()
-        for i in places[pair]:
-            before, times = words[i]
-            after = before.replace(pair, token)
-            words[i] = after, times
-            for other in pairs_of(before):
-                counts[other] -= times
-            for other in pairs_of(after):
-                counts[other] += times
+        token = chr(FIRST_MERGE_ID + len(merges))
+        changes = collections.Counter()
+        for i in places.pop(pair):
+            spelling, times = words[i]
+            new = spelling.replace(pair, token)  # The pair occurs no more.
+            words[i] = new, times
+            for other in pairs_of(spelling):
+                changes[other] -= times
+            for other in pairs_of(new):
+                changes[other] += times
                 places[other].add(i)
-            changed.update(pairs_of(before), pairs_of(after))
-        for other in changed:
-            heapq.heappush(heap, (-counts[other], other))
+        for other, change in changes.items():
+            if change:
+                counts[other] += change
+                heapq.heappush(heap, (-counts[other], other))
         merges.append(pair)
     return merges
 
@@ -1088,7 +1090,7 @@ def read_pairs(path):
 
 
 def without_sources(pairs, unseen):
-    """The pairs whose source is that of no unseen pair."""
+    """The pairs that have no source in common with the unseen ones."""
     sources = {source for source, _ in unseen}
     return [pair for pair in pairs if pair[0] not in sources]
 
@@ -1392,7 +1394,8 @@ def start_run(pairs, unseen, options, checkpoint):
     state = create_train_state(config, jax.random.key(options.seed), optimizer)
     if checkpoint is not None:
         state = flax.serialization.from_state_dict(state, checkpoint.state)
-    # Each of several processes takes its part of a batch, which has to be everyone's.
+    # Where several processes train together, each computes its part of one batch. So they
+    # need the same pairs and options.
     digest = digest_of([repr(notes), int(state.step)])
     try:
         multihost_utils.assert_equal(np.frombuffer(digest, np.uint8))
@@ -1468,12 +1471,12 @@ def fit(pairs, unseen, options=None, path=None, checkpoint=None):
     for step, batch in zip(range(start + 1, options.steps + 1), batches):
         before, batch = metrics, jax.tree.map(split, batch)
         state, metrics = train_step(state, batch, options.label_smoothing)
-        # Waiting for the step before, and not for this one, keeps the devices busy.
+        # The loop waits for the step before. So the devices always have this one to do.
         jax.block_until_ready(before)
         is_due = step % every == 0 or step == options.steps
         if is_due or time.monotonic() - reported > 60:
             arrays = to_arrays(state)
-            # What is not finite is not saved. Its loss shows a broken parameter a step late.
+            # A step can have a finite loss, and break the parameters all the same.
             numbers = jax.tree.leaves((metrics, arrays["params"]))
             if all(np.isfinite(x).all() for x in numbers):
                 checkpoint = checkpoint._replace(state=arrays)
@@ -1484,7 +1487,7 @@ def fit(pairs, unseen, options=None, path=None, checkpoint=None):
                 losses = f"loss {metrics['loss']:.4f}, unseen {loss:.4f}"
                 seconds = f"{reported - began:.0f} s"
                 log(f"step {step} of {options.steps}: {losses}, {seconds}")
-            elif is_due:  # as all processes find at this step; their clocks differ
+            elif is_due:  # All processes come here, or none: their clocks may differ.
                 problem = "the loss or a parameter is not finite"
                 raise FloatingPointError(f"after step {step} {problem}")
     if is_first:

@@ -1189,10 +1189,12 @@ def test_processes_with_other_pairs_do_not_train_together(tmp_path):
         folder.mkdir()
         write_pairs(folder / "pairs", words(100, seed))
     args = ["train", "pairs", "model", *flags(steps=1)]
-    for status, out, err in ended(start_on("2 x 2", *args, folders=folders)):
-        assert (status, out) == (2, "") and "Traceback" not in err
-        assert err.splitlines()[-1].endswith("have different pairs or options")
-    assert files_in(folders[0]) == ["pairs"]
+    results = ended(start_on("2 x 2", *args, folders=folders))
+    for status, out, err in results:
+        assert status != 0 and out == "" and "loss" not in err
+    # With older versions of JAX, one process notices it, and the other's end follows.
+    last = [err.splitlines()[-1] for status, _, err in results if status == 2]
+    assert last and all(x.endswith("have different pairs or options") for x in last)
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,6 @@ def to_numpy(tree):
     return jax.tree.map(np.array, tree)
 
 
-def assert_trees_close(actual, expected, tolerance):
-    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=tolerance)
-    jax.tree.map(close, actual, expected)
-
-
 @jax.jit
 def log_probabilities(params, batch):
     """What the model gives for each token of the batch, without dropout: [B, T, V]."""
@@ -148,7 +143,7 @@ def test_metrics_by_hand():
     loss of the same position nor a mean over all positions would be this one.
     """
     state, batch = new_state(), make_batch()
-    log_p, tgt = log_probabilities(state.params, batch), batch["tgt"]
+    log_p, tgt = np.array(log_probabilities(state.params, batch)), batch["tgt"]
     places = [*itertools.product(range(4), range(8))]
     labels = {(row, i): tgt[row, i + 1] for row, i in places if tgt[row, i + 1] != 0}
     assert len(labels) == 8 + 4 + 6 + 2
@@ -252,7 +247,8 @@ def test_average_by_hand():
         state, _ = tm.train_step(state, batch)
         params, move = to_numpy(state.params), functools.partial(moved, min(1, 10 / n))
         expected = jax.tree.map(move, expected, params)
-        assert_trees_close(state.average, expected, 1e-6)
+        close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-6)
+        jax.tree.map(close, state.average, expected)
     # It has stayed behind the parameters by more than that.
     distance = jax.tree.map(lambda a, b: np.abs(a - b).max(), expected, params)
     assert max(jax.tree.leaves(distance)) > 1e-3
