@@ -28,14 +28,14 @@ def test_there_are_two_programs():
 
 def test_sections_of_the_map_are_those_of_the_file():
     sections = re.findall(r"^# ---- (\d+ .*?) -+$", SOURCE, re.MULTILINE)
-    assert len(sections) == 15
-    assert sections[:11] == re.findall(r"^\| (\d+ .*?) \|", README, re.MULTILINE)[:11]
+    assert len(sections) == 16
+    assert sections[:10] == re.findall(r"^\| (\d+ .*?) \|", README, re.MULTILINE)[:10]
 
 
 def test_names_of_the_map_are_in_their_sections():
     parts = re.split(r"^# ---- \d+ .*$", SOURCE, flags=re.MULTILINE)
     rows = re.findall(r"^\| (\d+) (?!to).*? \| (.*?) \|", README, re.MULTILINE)
-    assert len(rows) == 11
+    assert len(rows) == 10
     for number, holds in rows:
         for name in re.findall(r"`(\w+)`", holds):
             assert re.search(
@@ -45,7 +45,10 @@ def test_names_of_the_map_are_in_their_sections():
 
 def test_places_of_the_table_are_those_that_what_breaks_changes():
     what_breaks = runpy.run_path(str(ROOT / "tests" / "measure" / "what_breaks.py"))
-    for name, old, new in what_breaks["CHANGES"][1:]:
+    found = 0
+    for name, old, new, *_ in what_breaks["CHANGES"][1:]:
         place = what_breaks["changed_function"](old) if old else new
         rows = re.findall(rf"^{re.escape(name)} +(\S+(?: \d+)?) ", README, re.MULTILINE)
-        assert rows == [place], name
+        assert rows in ([], [place]), name
+        found += len(rows)
+    assert found >= 10
