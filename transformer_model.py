@@ -937,9 +937,8 @@ def demo(steps=1000, seed=0):
 # ---- 11 Text -------------------------------------------------------------------------
 
 FIRST_MERGE_ID = FIRST_SYMBOL_ID + 256  # The symbols before it are the 256 bytes.
-# A word is a run of characters without a space, and the space before it if there is one;
-# two spaces in a row make a word of a space alone. No word is longer than 64 characters,
-# because some texts have no spaces.
+# A word is a run of at most 64 characters without a space, as some texts have no spaces,
+# and the space before it if there is one. Other spaces are words of their own.
 WORD = re.compile(r" ?[^ ]{1,64}| ")
 
 
@@ -1212,7 +1211,10 @@ def load_checkpoint(path):
     if digest != hashlib.sha256(content).digest():
         raise InputError(f"{path}: damaged or cut short")
     content = flax.serialization.msgpack_restore(content)
-    config, state = TransformerConfig(**content["config"]), content["state"]
+    try:
+        config, state = TransformerConfig(**content["config"]), content["state"]
+    except (TypeError, InputError) as error:
+        raise InputError(f"{path}: its configuration does not fit: {error}") from None
     init = partial(Transformer(config).init, jax.random.key(0))
     tokens, shapes = np.full((1, 1), BOS_ID), partial(jax.tree.map, np.shape)
     expected = jax.eval_shape(init, tokens, tokens)["params"]

@@ -533,6 +533,17 @@ def test_parameters_of_another_model_are_refused(tmp_path, name, change):
     assert_not_loaded(path, "parameters are not those of this file's model")
 
 
+def test_configuration_of_another_model_is_refused(tmp_path, monkeypatch):
+    """It has a field that is gone since, or a value that is not allowed."""
+    path = tmp_path / "model"
+    for name, value in (("gone", 1), ("d_model", 3)):
+        config = {**dataclasses.asdict(checkpoint().config), name: value}
+        with monkeypatch.context() as patch:
+            patch.setattr(tm, "asdict", lambda _, config=config: config)
+            tm.save_checkpoint(path, checkpoint())
+        assert_not_loaded(path, f"its configuration does not fit: .*{name}")
+
+
 def test_checkpoint_cut_anywhere_or_with_any_bit_flipped_is_refused(tmp_path):
     path = tmp_path / "model"
     tm.save_checkpoint(path, checkpoint())
