@@ -1035,21 +1035,24 @@ def test_closed_pipes_end_any_command_quietly(pairs, model, tmp_path):
         assert (process.returncode, out or b"", err or b"") == (1, b"", b""), args
 
 
-def test_streams_that_were_closed_before_the_start(pairs, model, tmp_path):
-    """A file that is opened then must not get their number, and what is printed."""
+@pytest.mark.parametrize(
+    "name, args", [("stdin", ["translate"]), ("stdout", ["demo", "--steps", "1"])]
+)
+def test_stream_that_was_closed_and_is_needed(capsys, model, monkeypatch, name, args):
+    """`<&-` and `>&-`. Python has None for such a stream."""
+    monkeypatch.setattr(sys, name, None)
+    assert tm.main([*args, str(model)] if name == "stdin" else args) == 2
+    assert capsys.readouterr().err.startswith(f"error: {name} is closed")
+
+
+def test_training_needs_no_stream(pairs, tmp_path):
+    """A file that is opened must not get the number of one, and what is printed."""
     script, path = with_more(tmp_path, NO_SCORE), tmp_path / "new"
+    args = [sys.executable, script, "train", pairs, path, *flags(steps=1)]
+    line = 'exec "$0" "$@" <&- >&- 2>&-'
     env = {**os.environ, **WITHOUT_OPTIMIZATIONS}
-    for closed, args, status, word in [
-        ("<&-", ["translate", model], 2, "error: stdin is closed"),
-        (">&-", ["demo", "--steps", 1], 2, "error: stdout is closed"),
-        ("<&- >&- 2>&-", ["train", pairs, path, *flags(steps=1)], 0, ""),
-    ]:
-        line = f'exec "$0" "$@" {closed}'
-        args = ["sh", "-c", line, sys.executable, script, *map(str, args)]
-        options = {"capture_output": True, "text": True}
-        done = subprocess.run(args, check=False, env=env, **options)
-        assert (done.returncode, done.stdout.strip()) == (status, ""), done.stderr
-        assert done.stderr.startswith(word) and done.stderr.count("\n") <= 1
+    done = subprocess.run(["sh", "-c", line, *map(str, args)], check=False, env=env)
+    assert done.returncode == 0
     assert tm.load_checkpoint(path).state["step"] == 1
 
 
