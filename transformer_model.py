@@ -329,8 +329,8 @@ class EncoderBlock(nn.Module):
 
 
 def write_to_cache(cache, kv, start):
-    """Puts a kv of length T into the cache, a longer one, at the position `start`."""
-    return tuple(  # Axis 2 is that of the positions.
+    """Puts a kv of length T into the cache, a longer one, from `start` on."""
+    return tuple(  # Axis 2 is that of the length.
         jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=2)
         for old, new in zip(cache, kv)
     )
@@ -339,10 +339,10 @@ def write_to_cache(cache, kv, start):
 class DecoderBlock(nn.Module):
     """Masked self-attention, attention to memory, feed-forward (Figure 1, right).
 
-    In training, x is a whole target. In decoding it is the last token alone. The keys
-    and values of the tokens before it come from a cache then, and those of the memory
-    have been computed once for all tokens, which is why the block takes memory_kv, and
-    not the memory.
+    In training, x is a whole target. In decoding it is the last token alone, of one
+    hypothesis or of several for the same source. The keys and values of the tokens
+    before come from a cache then, and those of the memory have been computed once for
+    all tokens, which is why the block takes memory_kv, and not the memory.
     """
 
     config: TransformerConfig
@@ -354,14 +354,14 @@ class DecoderBlock(nn.Module):
         self.add_and_norm = [AddAndNorm(self.config) for _ in range(3)]
 
     def __call__(self, x, self_mask, memory_kv, memory_mask, cache=None, start=0):
-        """Runs the block on x, whose first token is at the position `start`.
+        """Runs the block on x.
 
         Args:
           x: [B, T, D].
           self_mask: broadcastable to [B, H, T, T] or, with a cache, [B, H, T, L].
           memory_kv: cross_attention.project_kv(memory), of length S.
           memory_mask: broadcastable to [B, H, T, S].
-          cache: a kv of length L, filled at the positions below `start`.
+          cache: a kv of length L, filled below `start`, where that of x is to come.
 
         Returns:
           x after the block, [B, T, D], and the kv that self-attention attended to: that
@@ -471,26 +471,28 @@ class Transformer(nn.Module):
         [B, T, V]; the logits at position t are for the token at t + 1. With another
         `head` (see TransformerConfig), probabilities or hidden states.
         """
-        memory_mask = padding_mask(src)
+        position = jnp.arange(tgt.shape[1])
         self_mask = padding_mask(tgt) & causal_mask(tgt.shape[1])
         memory_kv = self.project_kv(self.encode(src))
-        return self.decode(tgt, self_mask, memory_kv, memory_mask)[0]
+        return self.decode(tgt, position, self_mask, memory_kv, padding_mask(src))[0]
 
     def encode(self, src):
         """Source tokens, int [B, S] -> the memory, [B, S, D]."""
-        return self.encoder(self.embed(self.src_embedding, src), padding_mask(src))
+        x = self.embed(self.src_embedding, src, jnp.arange(src.shape[1]))
+        return self.encoder(x, padding_mask(src))
 
     def project_kv(self, memory):
         """The memory [B, S, D] -> the list of kv that the decoder blocks make of it."""
         blocks = self.decoder.blocks
         return [block.cross_attention.project_kv(memory) for block in blocks]
 
-    def decode(self, tgt, self_mask, memory_kv, memory_mask, cache=None, start=0):
-        """Target tokens, int [B, T], at positions from `start` on, all below max_len ->
-        the logits for the tokens after them, float32 [B, T, V], and the decoder's kv
-        (see `Decoder`).
+    def decode(
+        self, tgt, position, self_mask, memory_kv, memory_mask, cache=None, start=0
+    ):
+        """Target tokens, int [B, T], at these positions -> the logits for the tokens
+        after them, float32 [B, T, V], and the decoder's kv (see `Decoder`).
         """
-        x = self.embed(self.tgt_embedding, tgt, start)
+        x = self.embed(self.tgt_embedding, tgt, position)
         x, kv = self.decoder(x, self_mask, memory_kv, memory_mask, cache, start)
         if self.config.head == "none":
             return x, kv
@@ -499,21 +501,21 @@ class Transformer(nn.Module):
             return jax.nn.softmax(logits), kv
         return logits, kv
 
-    def embed(self, embedding, tokens, start=0):
-        """int [B, L], the first at position `start` -> [B, L, D] (3.4 and 3.5).
+    def embed(self, embedding, tokens, position):
+        """Tokens, int [B, L], at the positions int [L], or all at one -> [B, L, D] (3.4
+        and 3.5). Positions are below max_len.
 
         The matrix starts with entries of size D^-0.5, as suits the logits, for which it
         serves too. Times D^0.5 they are of size 1, as are the encodings.
         """
         max_len, d_model = self.config.max_len, self.config.d_model
-        if tokens.shape[1] > max_len:
+        if jnp.size(position) > max_len:
             raise ValueError(f"tokens {tokens.shape} [B, L]: L is above {max_len=}")
         # jnp.take gives NaN for a token that is too large. A negative one would count
         # from the end, so it is made too large, in a type with room for that.
         tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))
         tokens = jnp.where(tokens < 0, len(embedding), tokens)
         x = jnp.take(embedding, tokens, axis=0) * d_model**0.5
-        position = start + jnp.arange(tokens.shape[1])
         x = x + jnp.asarray(positional_encoding(max_len, d_model))[position]
         x = self.dropout(x, deterministic=not self.has_rng("dropout"))
         return x.astype(self.config.dtype)
@@ -664,12 +666,13 @@ def eval_step(state, batch):
 def start_decoding(model, params, src, max_len, beam_size=1):
     """Encodes src, int [B, S], and makes room for W = beam_size hypotheses of each.
 
-    All that is returned has B * W rows, those of a source one below the other:
-
+    Returns:
       encoded: the pair (memory_kv, memory_mask), which the `Decoder` takes.
-      tokens: int32 [B * W, L], where L is max_len + 1. BOS comes first, then PAD, which
+      tokens: int32 [B, W, L], where L is max_len + 1. BOS comes first, then PAD, which
         the search replaces.
-      cache: empty, of the same length L: the mask of `tokens` hides what is not filled.
+      entry: see `next_logits`; set for the position of BOS.
+      cache: a list of empty kv of length L * W, with W entries for each position, the
+        keys and values of the hypotheses' tokens there.
     """
     head = model.config.head
     require(head == "logits", 'head must be "logits" for a search', head)
@@ -677,36 +680,43 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     require(max_len <= longest, f"max_len must be at most {longest}", max_len)
     apply = partial(model.apply, {"params": params})
     memory_kv = apply(apply(src, method="encode"), method="project_kv")
-    repeat = partial(jnp.repeat, repeats=beam_size, axis=0)
-    encoded = jax.tree.map(repeat, (memory_kv, padding_mask(src)))
-    _, num_heads, _, width = memory_kv[0][0].shape  # [B, H, S, K]
-    rows, length = src.shape[0] * beam_size, max_len + 1
-    tokens = jnp.full((rows, length), PAD_ID, jnp.int32).at[:, 0].set(BOS_ID)
-    # Attention reads a cache as [B, H, L, K]. Kept as [B, L, H, K], XLA would transpose
-    # all of it at every token.
-    empty = jnp.zeros((rows, num_heads, length, width), memory_kv[0][0].dtype)
-    return encoded, tokens, [(empty, empty) for _ in memory_kv]
+    rows, num_heads, _, width = memory_kv[0][0].shape  # [B, H, S, K]
+    tokens = jnp.full((rows, beam_size, max_len + 1), PAD_ID, jnp.int32)
+    tokens = tokens.at[..., 0].set(BOS_ID)
+    number = jnp.arange(beam_size, dtype=jnp.int32)
+    entry = jnp.zeros_like(tokens).at[..., 0].set(number)
+    # Attention reads a cache as [B, H, L * W, K]. Kept in another order, XLA would
+    # transpose all of it at every token.
+    shape = rows, num_heads, (max_len + 1) * beam_size, width
+    empty = jnp.zeros(shape, memory_kv[0][0].dtype)
+    cache = [(empty, empty) for _ in memory_kv]
+    return (memory_kv, padding_mask(src)), tokens, entry, cache
 
 
-def next_logits(model, params, encoded, tokens, position, cache):
-    """Runs the decoder on the token at `position` alone; the cache stands for the rest.
+def next_logits(model, params, encoded, tokens, entry, position, cache):
+    """Runs the decoder on the tokens at `position` alone; the cache stands for the rest.
 
     Args:
       encoded: from `start_decoding`.
-      tokens: int32 [B * W, L], the hypotheses so far, with PAD after `position`.
-      cache: a list of kv of length L, filled before `position`.
+      tokens: int32 [B, W, L], the hypotheses so far, with PAD after `position`.
+      entry: int32 [B, W, L], which of the W entries for each position is that of the
+        hypothesis: with W = 2, 0 1 1 stands for the entries 0, 3 and 5 of the cache.
+      cache: a list of kv of length L * W, filled before `position`.
 
     Returns:
-      The logits for the tokens at position + 1, float32 [B * W, V], and the cache,
-      filled up to `position`.
+      The logits for the tokens at position + 1, float32 [B, W, V], and the cache, filled
+      up to `position`.
     """
-    last = tokens[:, position][:, None]  # [B * W, 1]
-    # What comes after `position` is PAD, and this mask hides it. So no causal mask is
-    # needed. (A PAD that the model itself has chosen is hidden, as in training.)
-    self_mask = padding_mask(tokens)
+    batch_size, beam_size, length = tokens.shape
+    # A hypothesis attends to its own entries. What comes after `position` is PAD, and
+    # hidden as such, so that no causal mask is needed. (A PAD that the model itself has
+    # chosen is hidden, as in training.)
+    is_own = entry[..., None] == jnp.arange(beam_size)  # [B, W, L, W]
+    self_mask = is_own & (tokens != PAD_ID)[..., None]
+    self_mask = self_mask.reshape(batch_size, 1, beam_size, length * beam_size)
     decode = partial(model.apply, {"params": params}, method="decode")
-    logits, cache = decode(last, self_mask, *encoded, cache=cache, start=position)
-    return logits[:, 0], cache
+    start, last = position * beam_size, tokens[:, :, position]  # [B, W]
+    return decode(last, position, self_mask, *encoded, cache=cache, start=start)
 
 
 def has_ended(tokens):
@@ -727,17 +737,18 @@ def greedy_decode(model, params, src, max_len):
     """Takes the likeliest token at every step: src int [B, S] -> int32 [B, max_len],
     without BOS, PAD after EOS.
     """
-    encoded, tokens, cache = start_decoding(model, params, src, max_len)
+    encoded, tokens, entry, cache = start_decoding(model, params, src, max_len)
+    forward = partial(next_logits, model, params, encoded)
 
     def step(carry):
         position, tokens, cache = carry
-        logits, cache = next_logits(model, params, encoded, tokens, position, cache)
-        _, token = jax.lax.top_k(logits, 1)  # [B, 1]; jnp.argmax is slower on CPUs.
-        token = jnp.where(has_ended(tokens), PAD_ID, token[:, 0])
-        return position + 1, tokens.at[:, position + 1].set(token), cache
+        logits, cache = forward(tokens, entry, position, cache)
+        _, token = jax.lax.top_k(logits, 1)  # [B, 1, 1]; jnp.argmax is slower on CPUs.
+        token = jnp.where(has_ended(tokens), PAD_ID, token[..., 0])
+        return position + 1, tokens.at[..., position + 1].set(token), cache
 
     _, tokens, _ = jax.lax.while_loop(is_unfinished, step, (0, tokens, cache))
-    return tokens[:, 1:]
+    return tokens[:, 0, 1:]
 
 
 def best_continuations(log_p, ended, next_log_p):
@@ -788,31 +799,30 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
       tokens: int32 [B, W, max_len], without BOS, PAD after EOS, best first.
       scores: float32 [B, W], log P / ((5 + length) / 6)^alpha.
     """
-    encoded, tokens, cache = start_decoding(model, params, src, max_len, beam_size)
-    shape = src.shape[0], beam_size
-    source = jnp.arange(shape[0])[:, None]  # 0 to B - 1, [B, 1]
+    start = start_decoding(model, params, src, max_len, beam_size)
+    encoded, tokens, entry, cache = start
+    forward = partial(next_logits, model, params, encoded)
+    number = entry[..., 0]  # 0 to W - 1, [B, W]
 
     def step(carry):
-        position, tokens, log_p, cache = carry  # log_p [B, W]
-        logits, cache = next_logits(model, params, encoded, tokens, position, cache)
-        next_log_p = jax.nn.log_softmax(logits).reshape(*shape, -1)
+        position, tokens, log_p, entry, cache = carry  # log_p [B, W]
+        logits, cache = forward(tokens, entry, position, cache)
         choose = jax.vmap(best_continuations)  # source by source
-        ended = has_ended(tokens).reshape(shape)
-        log_p, parent, token = choose(log_p, ended, next_log_p)  # all [B, W]
-        # A hypothesis goes on with its parent's tokens and cache: for W = 2, the parents
-        # [[1, 1], [0, 1]] of two sources are in the rows 1, 1, 2, 3. The memory's kv can
-        # stay: it is the same for all hypotheses of a source.
-        row = (source * beam_size + parent).ravel()  # [B * W]
-        tokens, cache = jax.tree.map(lambda x: x[row], (tokens, cache))
-        tokens = tokens.at[:, position + 1].set(token.ravel())
-        return position + 1, tokens, log_p, cache
+        next_log_p = jax.nn.log_softmax(logits)
+        log_p, parent, token = choose(log_p, has_ended(tokens), next_log_p)
+        # A hypothesis goes on with its parent's tokens, and with its parent's entries in
+        # the cache, by their numbers: to copy the entries takes as long as to read them.
+        take = partial(jnp.take_along_axis, indices=parent[..., None], axis=1)
+        tokens = take(tokens).at[..., position + 1].set(token)
+        entry = take(entry).at[..., position + 1].set(number)
+        return position + 1, tokens, log_p, entry, cache
 
     # All hypotheses start out alike. The first alone gets a probability that is not 0,
     # or the search would find the same target W times.
-    log_p = jnp.full(shape, -jnp.inf, jnp.float32).at[:, 0].set(0)
-    carry = 0, tokens, log_p, cache
-    _, tokens, log_p, _ = jax.lax.while_loop(is_unfinished, step, carry)
-    tokens = tokens[:, 1:].reshape(*shape, max_len)  # without BOS
+    log_p = jnp.full(tokens.shape[:2], -jnp.inf, jnp.float32).at[:, 0].set(0)
+    carry = 0, tokens, log_p, entry, cache
+    _, tokens, log_p, *_ = jax.lax.while_loop(is_unfinished, step, carry)
+    tokens = tokens[..., 1:]  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
     order = jnp.argsort(-scores, axis=1)
     scores = jnp.take_along_axis(scores, order, axis=1)

@@ -79,6 +79,7 @@ def test_cached_steps_equal_the_parallel_pass_at_every_position(step):
         logits, cache = apply(
             {"params": params},
             tgt[:, positions],
+            positions,
             is_token & (np.arange(14) <= positions[:, None]),
             memory_kv,
             tm.padding_mask(SRC),

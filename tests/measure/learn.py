@@ -4,20 +4,22 @@
     python3 -m venv joey
     joey/bin/pip install torch joeynmt==2.3.0 sentencepiece==0.2.0 importlib_metadata
     python tests/measure/learn.py --train train.tsv --valid val.tsv --test test.tsv \\
-        --minutes 30 --joeynmt joey/bin/python -- --vocab-size 4000 --dropout-rate 0.3
+        --minutes 30 60 --joeynmt joey/bin/python -- --vocab-size 4000 --dropout 0.3
 
 The files are as for the program: lines of source<TAB>target, here of text that is
 lower-cased and tokenized, such as Multi30k's. After -- come options of the program's
 command `train`; what they say of sizes, dropout, batches and the seed holds for both.
 JoeyNMT has an environment of its own, as it needs other packages. One trains after the
-other; --only trains one alone, so that two runs can have a core each:
+other; --only trains one alone, so that the two can have a core each:
 
     taskset -c 0 python tests/measure/learn.py ... --only ours &
     taskset -c 1 python tests/measure/learn.py ... --only joeynmt --joeynmt PYTHON
 
 The minutes begin before the subwords are learnt, and all compilation counts. In neither
-is there any validation in between, which takes time. Then the test set is translated,
-and sacrebleu counts BLEU and chrF on the text as it is.
+is there any validation in between, which takes time. At each of the given minutes the
+parameters are kept. At the end the test set is translated with all of them, and
+sacrebleu counts BLEU and chrF on the text as it is. With --keep FOLDER our checkpoints
+stay there, to translate with or to resume.
 
 Ours is the program's own training. JoeyNMT's recipe is that of its own configurations:
 
@@ -55,27 +57,33 @@ import transformer_model as tm
 # ---- Ours ----------------------------------------------------------------------------
 
 
-def train_ours(train, valid, sources, seconds, options):
-    """Returns a description of the run, and {what decodes: its outputs}."""
-    start = time.perf_counter()
+def train_ours(train, valid, sources, marks, options, folder):
+    """Yields at each mark, in seconds: (a description, {what decodes: its outputs})."""
+    start, metrics = time.perf_counter(), None
     state, checkpoint, pairs, unseen = tm.start_run(train, valid, options, None)
     batches = tm.training_batches(
         pairs, options.max_len, options.batch_size, options.seed
     )
-    metrics = None
-    while (elapsed := time.perf_counter() - start) < seconds:
-        batch, before = next(batches), metrics
-        state, metrics = tm.train_step(state, batch, options.label_smoothing)
-        jax.block_until_ready(before)  # Meanwhile the devices have this step to do.
-    run = describe(int(state.step), optax.tree.size(state.params), elapsed)
-    run += f", loss on the valid pairs {tm.unseen_loss(state, unseen, options.max_len):.3f}"
-    outputs, arrays = {}, tm.to_arrays(state)
-    for name, params in (("averaged", "average"), ("last", "params")):
-        model = checkpoint._replace(state={"average": arrays[params]})
-        for beam_size, search in ((4, "beam of 4"), (1, "greedy")):
-            key = f"{name} parameters, {search}"
-            outputs[key] = tm.translate(model, sources, beam_size)
-    return run, outputs
+    kept = []
+    for mark in marks:
+        while (elapsed := time.perf_counter() - start) < mark:
+            batch, before = next(batches), metrics
+            state, metrics = tm.train_step(state, batch, options.label_smoothing)
+            jax.block_until_ready(before)  # Meanwhile the devices have this step to do.
+        kept.append((elapsed, jax.device_get(state)))
+    for elapsed, state in kept:
+        checkpoint = checkpoint._replace(state=tm.to_arrays(state))
+        if folder:
+            tm.save_checkpoint(f"{folder}/ours.{elapsed:.0f}s", checkpoint)
+        loss = tm.unseen_loss(state, unseen, options.max_len)
+        run = describe(int(state.step), optax.tree.size(state.params), elapsed)
+        outputs = {}
+        for name, params in (("averaged", "average"), ("last", "params")):
+            model = checkpoint._replace(state={"average": checkpoint.state[params]})
+            for beam_size, search in ((4, "beam of 4"), (1, "greedy")):
+                key = f"{name} parameters, {search}"
+                outputs[key] = tm.translate(model, sources, beam_size)
+        yield f"{run}, loss on the valid pairs {loss:.3f}", outputs
 
 
 def describe(steps, num_parameters, seconds):
@@ -84,22 +92,31 @@ def describe(steps, num_parameters, seconds):
 
 # ---- JoeyNMT -------------------------------------------------------------------------
 
-# What its own command lines do, `build_vocab` and `train`, but that an alarm ends the
-# training as Ctrl-C does, and that it goes on with the model as it is then, and not with
-# the best one validated.
+# What its own command lines do, `build_vocab` and `train`, but that an alarm at each mark
+# keeps the model as it is then, not the best one validated, and that the last alarm ends
+# the training as Ctrl-C does.
 JOEYNMT = """
-import json, os, signal, sys, time
+import copy, json, os, signal, sys, time
 from pathlib import Path
 import sentencepiece, torch
 from joeynmt.config import parse_global_args
 from joeynmt.prediction import prepare, test
 from joeynmt.training import TrainManager
 
-config, seconds, size = json.loads(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
+config, marks, size = map(json.loads, sys.argv[1:])
 start, folder = time.time(), Path(config["model_dir"]).parent
 torch.set_num_threads(len(os.sched_getaffinity(0)))
-signal.signal(signal.SIGALRM, signal.default_int_handler)
-signal.setitimer(signal.ITIMER_REAL, seconds)
+kept = []
+
+def keep(number, frame):
+    seconds, steps = time.time() - start, trainer.stats.steps
+    kept.append((steps, seconds, copy.deepcopy(model.state_dict())))
+    if len(kept) == len(marks):
+        raise KeyboardInterrupt
+    signal.setitimer(signal.ITIMER_REAL, marks[len(kept)] - seconds)
+
+signal.signal(signal.SIGALRM, keep)
+signal.setitimer(signal.ITIMER_REAL, marks[0])
 sentencepiece.SentencePieceTrainer.Train(
     input=[f"{folder}/train.src", f"{folder}/train.trg"], model_prefix=f"{folder}/sp",
     model_type="unigram", vocab_size=size, character_coverage=1.0,
@@ -119,17 +136,15 @@ trainer = TrainManager(
     train_args=args.train, dev_args=args.test,
 )
 trainer.train_and_validate(train_data=train_data, valid_data=dev_data)
-signal.setitimer(signal.ITIMER_REAL, 0)
-result = {
-    "steps": trainer.stats.steps,
-    "num_parameters": sum(p.numel() for p in model.parameters()),
-    "seconds": time.time() - start,
-}
-(folder / "result.json").write_text(json.dumps(result))
+num_parameters = sum(p.numel() for p in model.parameters())
+runs = [(steps, num_parameters, seconds) for steps, seconds, _ in kept]
+(folder / "runs.json").write_text(json.dumps(runs))
 prepared = {"dev": None, "test": test_data, "model": model}
-for beam_size in (4, 1):
-    config["testing"]["beam_size"] = beam_size
-    test(config, output_path=f"{folder}/beam_{beam_size}", prepared=prepared)
+for i, (_, _, parameters) in enumerate(kept):
+    model.load_state_dict(parameters)
+    for beam_size in (4, 1):
+        config["testing"]["beam_size"] = beam_size
+        test(config, output_path=f"{folder}/{i}.{beam_size}", prepared=prepared)
 """
 
 
@@ -197,23 +212,25 @@ def joeynmt_config(folder, options):
     }
 
 
-def train_joeynmt(python, data, seconds, options, folder):
-    """Returns a description of the run, and {what decodes: its outputs}."""
+def train_joeynmt(python, data, marks, options, folder):
+    """Yields at each mark, in seconds: (a description, {what decodes: its outputs})."""
     for name, pairs in data.items():
         for suffix, texts in zip(("src", "trg"), zip(*pairs)):
             lines = "".join(f"{text}\n" for text in texts)
             (folder / f"{name}.{suffix}").write_text(lines, encoding="utf-8")
     (folder / "model").mkdir()
     config = json.dumps(joeynmt_config(folder, options))
-    command = [python, "-c", JOEYNMT, config, str(seconds), str(options.vocab_size)]
+    arguments = config, json.dumps(marks), str(options.vocab_size)
+    command = [python, "-c", JOEYNMT, *arguments]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"JoeyNMT failed:\n{done.stderr[-2000:]}")
-    outputs = {}
-    for beam_size, search in ((4, "beam of 4"), (1, "greedy")):
-        text = (folder / f"beam_{beam_size}.test").read_text(encoding="utf-8")
-        outputs[f"last parameters, {search}"] = text.splitlines()
-    return describe(**json.loads((folder / "result.json").read_text())), outputs
+    for i, run in enumerate(json.loads((folder / "runs.json").read_text())):
+        outputs = {}
+        for beam_size, search in ((4, "beam of 4"), (1, "greedy")):
+            text = (folder / f"{i}.{beam_size}.test").read_text(encoding="utf-8")
+            outputs[f"last parameters, {search}"] = text.splitlines()
+        yield describe(*run), outputs
 
 
 # ---- Command line --------------------------------------------------------------------
@@ -242,7 +259,9 @@ def main():
     add = parser.add_argument
     for name in ("train", "valid", "test"):
         add(f"--{name}", required=True, metavar="FILE", help="lines source<TAB>target")
-    add("--minutes", type=float, default=30, metavar="N", help="of each (default 30)")
+    minutes = {"type": float, "nargs": "+", "default": [30], "metavar": "N"}
+    add("--minutes", **minutes, help="when to measure, the last ends it (default 30)")
+    add("--keep", metavar="FOLDER", help="save our checkpoints there")
     add("--joeynmt", metavar="PYTHON", help="that has JoeyNMT; without it, ours alone")
     add("--only", choices=("ours", "joeynmt"), help="train one of them")
     args = parser.parse_args(mine)
@@ -252,18 +271,20 @@ def main():
     names = [field.name for field in dataclasses.fields(tm.Options)]
     options = tm.Options(**{name: getattr(given, name) for name in names})
     train, valid, test = map(tm.read_pairs, (args.train, args.valid, args.test))
-    train = tm.without_sources(train, [*valid, *test])
-    cores = len(os.sched_getaffinity(0))
-    print(f"{len(train):,} pairs, {args.minutes:g} minutes, {cores} cores; {options}")
+    train = tm.without_sources(train, test)
+    cores, marks = len(os.sched_getaffinity(0)), [60 * n for n in sorted(args.minutes)]
+    print(f"{len(train):,} pairs, {cores} cores; {options}", flush=True)
     if args.only != "joeynmt":
         sources = [source for source, _ in test]
-        job = train, valid, sources, 60 * args.minutes, options
-        print_scores("ours", *train_ours(*job), test)
+        job = train, valid, sources, marks, options, args.keep
+        for run, outputs in train_ours(*job):
+            print_scores("ours", run, outputs, test)
     if args.joeynmt and args.only != "ours":
-        data = {"train": train, "dev": valid, "test": test}
+        data = {"train": tm.without_sources(train, valid), "dev": valid, "test": test}
         with tempfile.TemporaryDirectory() as name:
-            job = args.joeynmt, data, 60 * args.minutes, options, Path(name)
-            print_scores("JoeyNMT", *train_joeynmt(*job), test)
+            job = args.joeynmt, data, marks, options, Path(name)
+            for run, outputs in train_joeynmt(*job):
+                print_scores("JoeyNMT", run, outputs, test)
 
 
 if __name__ == "__main__":
