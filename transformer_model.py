@@ -191,8 +191,8 @@ def scaled_dot_product_attention(query, key, value, mask=None):
       attend to nothing, as when all tokens are PAD, gets zeros in both.
     """
     scores = einsum_float32("bhtk,bhsk->bhts", query, key) / query.shape[-1] ** 0.5
-    # softmax leaves out what `where` excludes: its weight is 0, even if it is the whole
-    # row. There the paper's scores of -inf would give 0 / 0, and NaN in the gradient.
+    # With `where`, a key that is not allowed gets the weight 0, even if that is so for a
+    # whole row. There the paper's scores of -inf would give 0 / 0, and NaN gradients.
     weights = jax.nn.softmax(scores, where=mask)
     return jnp.einsum("bhts,bhsk->bhtk", weights.astype(value.dtype), value), weights
 
@@ -329,7 +329,7 @@ class EncoderBlock(nn.Module):
 
 
 def write_to_cache(cache, kv, start):
-    """Puts a kv of length T into the cache, a longer one, from `start` on."""
+    """Puts a kv into the cache, which is a longer one, from `start` on."""
     return tuple(  # Axis 2 is that of the length.
         jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=2)
         for old, new in zip(cache, kv)
@@ -339,10 +339,10 @@ def write_to_cache(cache, kv, start):
 class DecoderBlock(nn.Module):
     """Masked self-attention, attention to memory, feed-forward (Figure 1, right).
 
-    In training, x is a whole target. In decoding it is the last token alone, of one
-    hypothesis or of several for the same source. The keys and values of the tokens
-    before come from a cache then, and those of the memory have been computed once for
-    all tokens, which is why the block takes memory_kv, and not the memory.
+    In training, x is a whole target. In decoding, x is the last token alone, or those of
+    W hypotheses for one source, side by side on the axis of length T. The keys and values
+    of the tokens before come from a cache then. Those of the memory have been computed
+    once for all tokens, which is why the block takes memory_kv, and not the memory.
     """
 
     config: TransformerConfig
@@ -358,10 +358,10 @@ class DecoderBlock(nn.Module):
 
         Args:
           x: [B, T, D].
-          self_mask: broadcastable to [B, H, T, T] or, with a cache, [B, H, T, L].
+          self_mask: broadcastable to [B, H, T, T] or, with a cache, [B, H, T, C].
           memory_kv: cross_attention.project_kv(memory), of length S.
           memory_mask: broadcastable to [B, H, T, S].
-          cache: a kv of length L, filled below `start`, where that of x is to come.
+          cache: a kv of some length C, filled up to `start`, where that of x goes.
 
         Returns:
           x after the block, [B, T, D], and the kv that self-attention attended to: that
@@ -644,8 +644,8 @@ def train_step(state, batch, label_smoothing=0.1):
 
     (_, metrics), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
     state = state.apply_gradients(grads=gradients)
-    # An average of which each step replaces one part in m remembers about the last m
-    # steps. Here these are a tenth of the steps so far.
+    # Each step replaces one part in m of the average, which so remembers about the last
+    # m steps: here, a tenth of the steps so far.
     m = jnp.maximum(1, jnp.float32(state.step) / 10)
     average = optax.incremental_update(state.params, state.average, 1 / m)
     return state.replace(average=average), metrics
@@ -670,9 +670,9 @@ def start_decoding(model, params, src, max_len, beam_size=1):
       encoded: the pair (memory_kv, memory_mask), which the `Decoder` takes.
       tokens: int32 [B, W, L], where L is max_len + 1. BOS comes first, then PAD, which
         the search replaces.
-      entry: see `next_logits`; set for the position of BOS.
-      cache: a list of empty kv of length L * W, with W entries for each position, the
-        keys and values of the hypotheses' tokens there.
+      slot: see `next_logits`; set for the position of BOS.
+      cache: a list of empty kv of length C = L * W. Position by position, there are W
+        slots in it, for the keys and values of the W tokens that are found there.
     """
     head = model.config.head
     require(head == "logits", 'head must be "logits" for a search', head)
@@ -684,34 +684,34 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     tokens = jnp.full((rows, beam_size, max_len + 1), PAD_ID, jnp.int32)
     tokens = tokens.at[..., 0].set(BOS_ID)
     number = jnp.arange(beam_size, dtype=jnp.int32)
-    entry = jnp.zeros_like(tokens).at[..., 0].set(number)
-    # Attention reads a cache as [B, H, L * W, K]. Kept in another order, XLA would
-    # transpose all of it at every token.
+    slot = jnp.zeros_like(tokens).at[..., 0].set(number)
+    # Attention reads a cache as [B, H, C, K]. Kept in another order, XLA would transpose
+    # all of it at every token.
     shape = rows, num_heads, (max_len + 1) * beam_size, width
     empty = jnp.zeros(shape, memory_kv[0][0].dtype)
     cache = [(empty, empty) for _ in memory_kv]
-    return (memory_kv, padding_mask(src)), tokens, entry, cache
+    return (memory_kv, padding_mask(src)), tokens, slot, cache
 
 
-def next_logits(model, params, encoded, tokens, entry, position, cache):
+def next_logits(model, params, encoded, tokens, slot, position, cache):
     """Runs the decoder on the tokens at `position` alone; the cache stands for the rest.
 
     Args:
       encoded: from `start_decoding`.
       tokens: int32 [B, W, L], the hypotheses so far, with PAD after `position`.
-      entry: int32 [B, W, L], which of the W entries for each position is that of the
-        hypothesis: with W = 2, 0 1 1 stands for the entries 0, 3 and 5 of the cache.
-      cache: a list of kv of length L * W, filled before `position`.
+      slot: int32 [B, W, L]. A number s at position p says that the cache has the token
+        there in slot p W + s: with W = 2, 0 1 1 stands for the slots 0, 3 and 5.
+      cache: a list of kv of length C = L * W, filled before `position`.
 
     Returns:
       The logits for the tokens at position + 1, float32 [B, W, V], and the cache, filled
       up to `position`.
     """
     batch_size, beam_size, length = tokens.shape
-    # A hypothesis attends to its own entries. What comes after `position` is PAD, and
+    # A hypothesis attends to its own slots. What comes after `position` is PAD, and
     # hidden as such, so that no causal mask is needed. (A PAD that the model itself has
-    # chosen is hidden, as in training.)
-    is_own = entry[..., None] == jnp.arange(beam_size)  # [B, W, L, W]
+    # chosen is hidden, as in training.) The first W is that of the queries.
+    is_own = slot[..., None] == jnp.arange(beam_size)  # [B, W, L, W]
     self_mask = is_own & (tokens != PAD_ID)[..., None]
     self_mask = self_mask.reshape(batch_size, 1, beam_size, length * beam_size)
     decode = partial(model.apply, {"params": params}, method="decode")
@@ -737,12 +737,12 @@ def greedy_decode(model, params, src, max_len):
     """Takes the likeliest token at every step: src int [B, S] -> int32 [B, max_len],
     without BOS, PAD after EOS.
     """
-    encoded, tokens, entry, cache = start_decoding(model, params, src, max_len)
+    encoded, tokens, slot, cache = start_decoding(model, params, src, max_len)
     forward = partial(next_logits, model, params, encoded)
 
     def step(carry):
         position, tokens, cache = carry
-        logits, cache = forward(tokens, entry, position, cache)
+        logits, cache = forward(tokens, slot, position, cache)
         _, token = jax.lax.top_k(logits, 1)  # [B, 1, 1]; jnp.argmax is slower on CPUs.
         token = jnp.where(has_ended(tokens), PAD_ID, token[..., 0])
         return position + 1, tokens.at[..., position + 1].set(token), cache
@@ -800,27 +800,27 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
       scores: float32 [B, W], log P / ((5 + length) / 6)^alpha.
     """
     start = start_decoding(model, params, src, max_len, beam_size)
-    encoded, tokens, entry, cache = start
+    encoded, tokens, slot, cache = start
     forward = partial(next_logits, model, params, encoded)
-    number = entry[..., 0]  # 0 to W - 1, [B, W]
+    number = slot[..., 0]  # 0 to W - 1, [B, W]
 
     def step(carry):
-        position, tokens, log_p, entry, cache = carry  # log_p [B, W]
-        logits, cache = forward(tokens, entry, position, cache)
+        position, tokens, log_p, slot, cache = carry  # log_p [B, W]
+        logits, cache = forward(tokens, slot, position, cache)
         choose = jax.vmap(best_continuations)  # source by source
         next_log_p = jax.nn.log_softmax(logits)
         log_p, parent, token = choose(log_p, has_ended(tokens), next_log_p)
-        # A hypothesis goes on with its parent's tokens, and with its parent's entries in
-        # the cache, by their numbers: to copy the entries takes as long as to read them.
+        # A hypothesis goes on with its parent's tokens and slots. The cache itself stays:
+        # no slot is written twice, so that several hypotheses can share one.
         take = partial(jnp.take_along_axis, indices=parent[..., None], axis=1)
         tokens = take(tokens).at[..., position + 1].set(token)
-        entry = take(entry).at[..., position + 1].set(number)
-        return position + 1, tokens, log_p, entry, cache
+        slot = take(slot).at[..., position + 1].set(number)
+        return position + 1, tokens, log_p, slot, cache
 
     # All hypotheses start out alike. The first alone gets a probability that is not 0,
     # or the search would find the same target W times.
     log_p = jnp.full(tokens.shape[:2], -jnp.inf, jnp.float32).at[:, 0].set(0)
-    carry = 0, tokens, log_p, entry, cache
+    carry = 0, tokens, log_p, slot, cache
     _, tokens, log_p, *_ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[..., 1:]  # without BOS
     scores = log_p / length_penalty(tokens, alpha)

@@ -8,13 +8,14 @@
 
 Each row is one line of transformer_model.py changed, in a copy, or options of its
 command `train`; the place is printed, so that the change can be repeated by hand. Then
-come, for all seeds, how many of 500 unseen words are exactly right, and the loss.
+comes how many of 500 unseen words are exactly right: with the whole model, and without
+the part; and the loss without it. Of several seeds, it is the median and, in brackets,
+the lowest and the highest. A run whose loss is not finite has none right.
 
-A part shows only where it is needed, so there are several tasks, and each begins with a
-row "nothing". All have words for sources. Their lengths differ, so that a source has
-padding, of which there is more in training, where it gets the width of its target, than
-in decoding. No more steps are taken than the whole model needs, so that a part shows
-that only speeds learning up.
+A part shows only where it is needed, so there are several tasks. All have words for
+sources. Their lengths differ, so that a source has padding, of which there is more in
+training, where it gets the width of its target, than in decoding. No more steps are
+taken than the whole model needs, so that a part shows that only speeds learning up.
 
     reverse  "abc" becomes "cccbbbaaa", by three layers. With one layer, as in the demo,
              residuals would not be missed.
@@ -108,7 +109,6 @@ class Change(NamedTuple):
 
 PRE_NORM = "norm_first: bool = False", "norm_first: bool = True"
 CHANGES = [
-    Change("nothing", "", "", "reverse"),
     Change(
         "causal mask",
         "self_mask = padding_mask(tgt) & causal_mask(tgt.shape[1])",
@@ -181,7 +181,7 @@ def changed_function(old):
 
 
 def run(source, task, options):
-    """Trains -> how many are right and the loss, as str, or an error and nothing."""
+    """Trains -> how many are right, and the loss."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         script, pairs, valid = (folder / n for n in ("program.py", "pairs", "valid"))
@@ -191,11 +191,29 @@ def run(source, task, options):
         command = [sys.executable, script, "train", pairs, folder / "model"]
         command += ["--valid", valid, *task.options.split(), *options]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if "not finite" in done.stderr:
+        return 0, np.nan
+    if done.returncode:
+        sys.exit(done.stderr)
     right = re.findall(r"(\d+) of \d+ unseen pairs exactly right", done.stderr)
     losses = re.findall(r"^step .* unseen (\d\S*),", done.stderr, re.MULTILINE)
-    if done.returncode or not right or not losses:
-        return (done.stderr.splitlines() or ["no output"])[-1][:60], ""
-    return right[-1], losses[-1]
+    return int(right[-1]), float(losses[-1])
+
+
+def run_all(source, task, options, num_seeds):
+    """Trains with each seed -> summaries of how many are right, and of the loss."""
+    seeds = [["--seed", str(seed)] for seed in range(num_seeds)]
+    rights, losses = zip(*(run(source, task, [*seed, *options]) for seed in seeds))
+    return summary(rights, ".0f"), summary(losses, ".2f")
+
+
+def summary(numbers, form):
+    """
+    >>> summary([3, 9, 5], ".0f"), summary([3], ".1f")
+    ('5 (3-9)', '3.0')
+    """
+    lowest, median, highest = (format(f(numbers), form) for f in (min, np.median, max))
+    return median if len(numbers) == 1 else f"{median} ({lowest}-{highest})"
 
 
 def main():
@@ -209,26 +227,20 @@ def main():
     add("--seeds", type=int, default=1, metavar="N", help="runs of each (default 1)")
     add("--task", action="append", choices=TASKS, help="its rows; or of all tasks")
     args = parser.parse_args(mine)
-    rows = []
-    for task in args.task or TASKS:
-        some = [change for change in CHANGES[1:] if change.task == task]
-        if args.words:
-            some = [row for row in some if any(word in row.name for word in args.words)]
-        if some:
-            rows += [CHANGES[0]._replace(task=task), *some]
-    width = 5 * args.seeds
-    print(f"{'without':<20} {'in':<29} {'task':<8} {'right':>{width}}  loss")
+    rows = [change for change in CHANGES if change.task in (args.task or TASKS)]
+    if args.words:
+        rows = [row for row in rows if any(word in row.name for word in args.words)]
+    form = "{:<20} {:<29} {:<8} {:>13} {:>13}  {}"
+    print(form.format("without", "in", "task", "whole", "without", "loss"), flush=True)
+    wholes = {}  # a summary for each task
     for name, old, new, task, more in rows:
+        if task not in wholes:
+            wholes[task], _ = run_all(SOURCE, TASKS[task], options, args.seeds)
         place = changed_function(old) if old else new
         source = SOURCE.replace(old, new) if old else SOURCE
         given = [*options, *more.split(), *([] if old else new.split())]
-        print(f"{name:<20} {place:<29} {task:<8}", end=" ", flush=True)
-        losses = []
-        for seed in range(args.seeds):
-            right, loss = run(source, TASKS[task], ["--seed", str(seed), *given])
-            print(f"{right:>4}", end=" ", flush=True)
-            losses.append(loss)
-        print("", *losses)
+        right, loss = run_all(source, TASKS[task], given, args.seeds)
+        print(form.format(name, place, task, wholes[task], right, loss), flush=True)
 
 
 if __name__ == "__main__":
