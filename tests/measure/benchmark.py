@@ -15,9 +15,9 @@
               their gradients, Adam's two moments
 
 All run on the same device, in float32, with all processor cores, on the same sizes, and
-take turns. A ratio is ours / theirs: the median of the rounds' ratios and, in brackets,
-their middle half. All models of the training step have as many parameters. Let nothing
-else run: it slows the peers down more than JAX.
+take turns, of which the first call does not count. A ratio is ours / theirs: the median
+of the rounds' ratios and, in brackets, their middle half. All models of the training
+step have as many parameters. Let nothing else run: it slows the peers down more than JAX.
 """
 
 import argparse
@@ -76,7 +76,9 @@ def take_turns(runs, rounds):
         calls[name] = max(1, round(0.3 / timed(run)))  # so that no turn is too short
     for first in range(rounds):
         for name in np.roll(names, -first).tolist():
-            times[name].append(np.mean([timed(runs[name]) for _ in range(calls[name])]))
+            run = runs[name]
+            run()  # gets back the memory that it has lost since its last turn
+            times[name].append(np.mean([timed(run) for _ in range(calls[name])]))
     return {name: np.array(seconds) for name, seconds in times.items()}
 
 
