@@ -3,8 +3,9 @@
     pip install sacrebleu
     python3 -m venv joey
     joey/bin/pip install torch joeynmt==2.3.0 sentencepiece==0.2.0 importlib_metadata
-    python tests/measure/learn.py --train train.tsv --valid val.tsv --test test.tsv \\
-        --minutes 30 60 --joeynmt joey/bin/python -- --vocab-size 4000 --dropout 0.3
+    python tests/measure/learn.py --train train.tsv --valid val.tsv \\
+        --test test_2016_flickr.tsv --minutes 30 60 --joeynmt joey/bin/python -- \\
+        --vocab-size 4000 --max-len 48 --d-model 256 --batch-size 64 --dropout-rate 0.3
 
 The files are as for the program: lines of source<TAB>target, here of text that is
 lower-cased and tokenized, such as Multi30k's. After -- come options of the program's

@@ -230,7 +230,8 @@ def main():
     rows = [change for change in CHANGES if change.task in (args.task or TASKS)]
     if args.words:
         rows = [row for row in rows if any(word in row.name for word in args.words)]
-    form = "{:<20} {:<29} {:<8} {:>13} {:>13}  {}"
+    width = 7 if args.seeds == 1 else 13
+    form = f"{{:<20}} {{:<29}} {{:<8}} {{:>{width}}} {{:>{width}}}   {{}}"
     print(form.format("without", "in", "task", "whole", "without", "loss"), flush=True)
     wholes = {}  # a summary for each task
     for name, old, new, task, more in rows:
