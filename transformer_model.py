@@ -21,7 +21,7 @@ Shapes are written with the same letters everywhere:
     B  batch             D  d_model, the width         H  num_heads
     S  source length     K  D // H, width of a head    F  d_ff, the inner width
     T  target length     V  target vocabulary          W  beams
-    L  any length
+    L  any length        C  length of a cache
 
 So K and V are sizes, and not the paper's keys and values: those are a `kv`, a pair, each
 [B, H, L, K]. A token is an integer, its place in the vocabulary. A mask is boolean, True
@@ -361,7 +361,7 @@ class DecoderBlock(nn.Module):
           self_mask: broadcastable to [B, H, T, T] or, with a cache, [B, H, T, C].
           memory_kv: cross_attention.project_kv(memory), of length S.
           memory_mask: broadcastable to [B, H, T, S].
-          cache: a kv of some length C, filled up to `start`, where that of x goes.
+          cache: a kv of length C, filled up to `start`, where that of x goes.
 
         Returns:
           x after the block, [B, T, D], and the kv that self-attention attended to: that
