@@ -361,7 +361,7 @@ class DecoderBlock(nn.Module):
           self_mask: broadcastable to [B, H, T, T] or, with a cache, [B, H, T, C].
           memory_kv: cross_attention.project_kv(memory), of length S.
           memory_mask: broadcastable to [B, H, T, S].
-          cache: a kv of length C, filled up to `start`, where that of x goes.
+          cache: a kv of length C, filled before `start`, where that of x goes.
 
         Returns:
           x after the block, [B, T, D], and the kv that self-attention attended to: that
@@ -489,8 +489,9 @@ class Transformer(nn.Module):
     def decode(
         self, tgt, position, self_mask, memory_kv, memory_mask, cache=None, start=0
     ):
-        """Target tokens, int [B, T], at these positions -> the logits for the tokens
-        after them, float32 [B, T, V], and the decoder's kv (see `Decoder`).
+        """Target tokens, int [B, T], at the positions int [T], or all at one -> the
+        logits for the tokens after them, float32 [B, T, V], and the decoder's kv (see
+        `Decoder`).
         """
         x = self.embed(self.tgt_embedding, tgt, position)
         x, kv = self.decoder(x, self_mask, memory_kv, memory_mask, cache, start)
@@ -738,6 +739,7 @@ def greedy_decode(model, params, src, max_len):
     without BOS, PAD after EOS.
     """
     encoded, tokens, slot, cache = start_decoding(model, params, src, max_len)
+    # With one hypothesis, the number of every slot is 0, which `slot` holds already.
     forward = partial(next_logits, model, params, encoded)
 
     def step(carry):

@@ -252,10 +252,6 @@ def print_scores(name, run, outputs, test):
 
 
 def main():
-    mine, rest = sys.argv[1:], []
-    if "--" in mine:
-        split = mine.index("--")
-        mine, rest = mine[:split], mine[split + 1 :]
     parser = argparse.ArgumentParser(description="Trains ours and JoeyNMT alike.")
     add = parser.add_argument
     for name in ("train", "valid", "test"):
@@ -265,10 +261,11 @@ def main():
     add("--keep", metavar="FOLDER", help="save our checkpoints there")
     add("--joeynmt", metavar="PYTHON", help="that has JoeyNMT; without it, ours alone")
     add("--only", choices=("ours", "joeynmt"), help="train one of them")
-    args = parser.parse_args(mine)
+    add("options", nargs="*", help="of the program's command train, after --")
+    args = parser.parse_args()
     if args.only == "joeynmt" and not args.joeynmt:
         parser.error("--only joeynmt needs --joeynmt PYTHON")
-    given = tm.make_parser().parse_args(["train", args.train, "-", *rest])
+    given = tm.make_parser().parse_args(["train", args.train, "-", *args.options])
     names = [field.name for field in dataclasses.fields(tm.Options)]
     options = tm.Options(**{name: getattr(given, name) for name in names})
     train, valid, test = map(tm.read_pairs, (args.train, args.valid, args.test))
