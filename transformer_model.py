@@ -75,7 +75,7 @@ def require(condition, rule, value):
 
 
 def require_least(owner, least, *names):
-    """Raises an InputError unless the owner's fields of these names are that large."""
+    """Raises an InputError unless the owner's fields of these names are `least` or more."""
     for name in names:
         value = getattr(owner, name)
         require(value >= least, f"{name} must be at least {least}", value)
@@ -489,9 +489,9 @@ class Transformer(nn.Module):
     def decode(
         self, tgt, position, self_mask, memory_kv, memory_mask, cache=None, start=0
     ):
-        """Target tokens, int [B, T], at the positions int [T], or all at one -> the
-        logits for the tokens after them, float32 [B, T, V], and the decoder's kv (see
-        `Decoder`).
+        """Target tokens, int [B, T], at the positions int [T], or all at the same, int
+        [] -> the logits for the tokens after them, float32 [B, T, V], and the decoder's
+        kv (see `Decoder`).
         """
         x = self.embed(self.tgt_embedding, tgt, position)
         x, kv = self.decoder(x, self_mask, memory_kv, memory_mask, cache, start)
@@ -503,8 +503,8 @@ class Transformer(nn.Module):
         return logits, kv
 
     def embed(self, embedding, tokens, position):
-        """Tokens, int [B, L], at the positions int [L], or all at one -> [B, L, D] (3.4
-        and 3.5). Positions are below max_len.
+        """Tokens, int [B, L], at the positions int [L], or all at the same, int [] ->
+        [B, L, D] (3.4 and 3.5). Positions are below max_len.
 
         The matrix starts with entries of size D^-0.5, as suits the logits, for which it
         serves too. Times D^0.5 they are of size 1, as are the encodings.
@@ -662,6 +662,11 @@ def eval_step(state, batch):
 # A search is one jitted loop over positions, in which no shape may change. So tokens and
 # caches have their full length from the start. A search is compiled for each shape of
 # the sources, and each max_len.
+#
+# The W hypotheses of a source share one cache. At position p, hypothesis w writes its key
+# and value to the slot p W + w, which is written only once. So a hypothesis that goes on
+# from another copies nothing: it notes, for each position, which of the W wrote there
+# what is now its past, and the mask hides the other slots.
 
 
 def start_decoding(model, params, src, max_len, beam_size=1):
@@ -671,9 +676,9 @@ def start_decoding(model, params, src, max_len, beam_size=1):
       encoded: the pair (memory_kv, memory_mask), which the `Decoder` takes.
       tokens: int32 [B, W, L], where L is max_len + 1. BOS comes first, then PAD, which
         the search replaces.
-      slot: see `next_logits`; set for the position of BOS.
-      cache: a list of empty kv of length C = L * W. Position by position, there are W
-        slots in it, for the keys and values of the W tokens that are found there.
+      writer: int32 [B, W, L], see `next_logits`. At the position of BOS, each hypothesis
+        is its own.
+      cache: a list of empty kv of length C = L * W.
     """
     head = model.config.head
     require(head == "logits", 'head must be "logits" for a search', head)
@@ -685,23 +690,23 @@ def start_decoding(model, params, src, max_len, beam_size=1):
     tokens = jnp.full((rows, beam_size, max_len + 1), PAD_ID, jnp.int32)
     tokens = tokens.at[..., 0].set(BOS_ID)
     number = jnp.arange(beam_size, dtype=jnp.int32)
-    slot = jnp.zeros_like(tokens).at[..., 0].set(number)
+    writer = jnp.zeros_like(tokens).at[..., 0].set(number)
     # Attention reads a cache as [B, H, C, K]. Kept in another order, XLA would transpose
     # all of it at every token.
     shape = rows, num_heads, (max_len + 1) * beam_size, width
     empty = jnp.zeros(shape, memory_kv[0][0].dtype)
     cache = [(empty, empty) for _ in memory_kv]
-    return (memory_kv, padding_mask(src)), tokens, slot, cache
+    return (memory_kv, padding_mask(src)), tokens, writer, cache
 
 
-def next_logits(model, params, encoded, tokens, slot, position, cache):
+def next_logits(model, params, encoded, tokens, writer, position, cache):
     """Runs the decoder on the tokens at `position` alone; the cache stands for the rest.
 
     Args:
       encoded: from `start_decoding`.
       tokens: int32 [B, W, L], the hypotheses so far, with PAD after `position`.
-      slot: int32 [B, W, L]. A number s at position p says that the cache has the token
-        there in slot p W + s: with W = 2, 0 1 1 stands for the slots 0, 3 and 5.
+      writer: int32 [B, W, L]. A number w at position p says that the cache has the token
+        there in slot p W + w: with W = 2, 0 1 1 stands for the slots 0, 3 and 5.
       cache: a list of kv of length C = L * W, filled before `position`.
 
     Returns:
@@ -709,10 +714,10 @@ def next_logits(model, params, encoded, tokens, slot, position, cache):
       up to `position`.
     """
     batch_size, beam_size, length = tokens.shape
-    # A hypothesis attends to its own slots. What comes after `position` is PAD, and
-    # hidden as such, so that no causal mask is needed. (A PAD that the model itself has
-    # chosen is hidden, as in training.) The first W is that of the queries.
-    is_own = slot[..., None] == jnp.arange(beam_size)  # [B, W, L, W]
+    # A hypothesis attends to its own slots: 0 1 1 makes the mask 10 01 01. What comes
+    # after `position` is PAD, and hidden as such, so that no causal mask is needed. (A
+    # PAD that the model itself has chosen is hidden, as in training.)
+    is_own = writer[..., None] == jnp.arange(beam_size)  # [B, W, L, W], queries first
     self_mask = is_own & (tokens != PAD_ID)[..., None]
     self_mask = self_mask.reshape(batch_size, 1, beam_size, length * beam_size)
     decode = partial(model.apply, {"params": params}, method="decode")
@@ -738,13 +743,13 @@ def greedy_decode(model, params, src, max_len):
     """Takes the likeliest token at every step: src int [B, S] -> int32 [B, max_len],
     without BOS, PAD after EOS.
     """
-    encoded, tokens, slot, cache = start_decoding(model, params, src, max_len)
-    # With one hypothesis, the number of every slot is 0, which `slot` holds already.
+    encoded, tokens, writer, cache = start_decoding(model, params, src, max_len)
+    # The only hypothesis has the number 0, which `writer` holds at all positions already.
     forward = partial(next_logits, model, params, encoded)
 
     def step(carry):
         position, tokens, cache = carry
-        logits, cache = forward(tokens, slot, position, cache)
+        logits, cache = forward(tokens, writer, position, cache)
         _, token = jax.lax.top_k(logits, 1)  # [B, 1, 1]; jnp.argmax is slower on CPUs.
         token = jnp.where(has_ended(tokens), PAD_ID, token[..., 0])
         return position + 1, tokens.at[..., position + 1].set(token), cache
@@ -784,7 +789,7 @@ def best_continuations(log_p, ended, next_log_p):
 
 
 def length_penalty(tokens, alpha):
-    """Tokens without BOS, int [..., L] -> ((5 + length) / 6)^alpha; EOS counts, PAD not."""
+    """Tokens without BOS, int [..., L] -> ((5 + length up to EOS) / 6)^alpha, [...]."""
     length = jnp.argmax(tokens == EOS_ID, axis=-1) + 1
     length = jnp.where(has_ended(tokens), length, tokens.shape[-1])
     return ((5 + length.astype(jnp.float32)) / 6) ** alpha
@@ -801,28 +806,28 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
       tokens: int32 [B, W, max_len], without BOS, PAD after EOS, best first.
       scores: float32 [B, W], log P / ((5 + length) / 6)^alpha.
     """
-    start = start_decoding(model, params, src, max_len, beam_size)
-    encoded, tokens, slot, cache = start
+    encoded, tokens, writer, cache = start_decoding(
+        model, params, src, max_len, beam_size
+    )
     forward = partial(next_logits, model, params, encoded)
-    number = slot[..., 0]  # 0 to W - 1, [B, W]
+    choose = jax.vmap(best_continuations)  # source by source
+    number = writer[..., 0]  # 0 to W - 1, [B, W]
 
     def step(carry):
-        position, tokens, log_p, slot, cache = carry  # log_p [B, W]
-        logits, cache = forward(tokens, slot, position, cache)
-        choose = jax.vmap(best_continuations)  # source by source
+        position, tokens, log_p, writer, cache = carry  # log_p [B, W]
+        logits, cache = forward(tokens, writer, position, cache)
         next_log_p = jax.nn.log_softmax(logits)
         log_p, parent, token = choose(log_p, has_ended(tokens), next_log_p)
-        # A hypothesis goes on with its parent's tokens and slots. The cache itself stays:
-        # no slot is written twice, so that several hypotheses can share one.
+        # A hypothesis goes on with its parent's past, and will write its next slot itself.
         take = partial(jnp.take_along_axis, indices=parent[..., None], axis=1)
         tokens = take(tokens).at[..., position + 1].set(token)
-        slot = take(slot).at[..., position + 1].set(number)
-        return position + 1, tokens, log_p, slot, cache
+        writer = take(writer).at[..., position + 1].set(number)
+        return position + 1, tokens, log_p, writer, cache
 
     # All hypotheses start out alike. The first alone gets a probability that is not 0,
     # or the search would find the same target W times.
     log_p = jnp.full(tokens.shape[:2], -jnp.inf, jnp.float32).at[:, 0].set(0)
-    carry = 0, tokens, log_p, slot, cache
+    carry = 0, tokens, log_p, writer, cache
     _, tokens, log_p, *_ = jax.lax.while_loop(is_unfinished, step, carry)
     tokens = tokens[..., 1:]  # without BOS
     scores = log_p / length_penalty(tokens, alpha)
@@ -992,7 +997,7 @@ def learn_merges(word_counts, number):
             continue
         token = chr(FIRST_MERGE_ID + len(merges))
         changes = collections.Counter()
-        for i in places.pop(pair):
+        for i in places.pop(pair):  # Some may have lost it since: they do not change.
             spelling, times = words[i]
             new = spelling.replace(pair, token)  # The pair occurs no more.
             words[i] = new, times
