@@ -1472,8 +1472,8 @@ def fit(pairs, unseen, options=None, path=None, checkpoint=None):
     """Trains on pairs of texts, (source, target), and returns a Checkpoint.
 
     It trains on no pair that has the source of an unseen one, and measures on those. It
-    reports, on stderr, and saves to `path` at each twentieth of the steps, or each 500,
-    and when the last report is a minute old. From a checkpoint of this very run it goes
+    reports, on stderr, and saves to `path` after each twentieth of the steps (at most
+    500), and when the last report is a minute old. From a checkpoint of this very run it goes
     on as if nothing had interrupted it; of its options, the steps may have grown. What
     cannot work raises an InputError. A loss that is not finite raises a
     FloatingPointError, and `path` has the last good checkpoint.
@@ -1506,7 +1506,7 @@ def fit(pairs, unseen, options=None, path=None, checkpoint=None):
                 losses = f"loss {metrics['loss']:.4f}, unseen {loss:.4f}"
                 seconds = f"{reported - began:.0f} s"
                 log(f"step {step} of {options.steps}: {losses}, {seconds}")
-            elif is_due:  # All processes come here, or none: their clocks may differ.
+            elif is_due:  # in all processes, or in none, for their clocks may differ
                 problem = "the loss or a parameter is not finite"
                 raise FloatingPointError(f"after step {step} {problem}")
     if is_first:
