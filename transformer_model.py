@@ -75,7 +75,7 @@ def require(condition, rule, value):
 
 
 def require_least(owner, least, *names):
-    """Raises an InputError unless the owner's fields of these names are `least` or more."""
+    """Raises an InputError where one of these fields of the owner is below `least`."""
     for name in names:
         value = getattr(owner, name)
         require(value >= least, f"{name} must be at least {least}", value)
@@ -744,10 +744,9 @@ def greedy_decode(model, params, src, max_len):
     without BOS, PAD after EOS.
     """
     encoded, tokens, writer, cache = start_decoding(model, params, src, max_len)
-    # The only hypothesis has the number 0, which `writer` holds at all positions already.
     forward = partial(next_logits, model, params, encoded)
 
-    def step(carry):
+    def step(carry):  # `writer` is 0 everywhere, and so is the only hypothesis's number.
         position, tokens, cache = carry
         logits, cache = forward(tokens, writer, position, cache)
         _, token = jax.lax.top_k(logits, 1)  # [B, 1, 1]; jnp.argmax is slower on CPUs.
@@ -818,7 +817,7 @@ def beam_search(model, params, src, max_len, beam_size=4, alpha=0.6):
         logits, cache = forward(tokens, writer, position, cache)
         next_log_p = jax.nn.log_softmax(logits)
         log_p, parent, token = choose(log_p, has_ended(tokens), next_log_p)
-        # A hypothesis goes on with its parent's past, and will write its next slot itself.
+        # A hypothesis goes on with its parent's past, and writes its next slot itself.
         take = partial(jnp.take_along_axis, indices=parent[..., None], axis=1)
         tokens = take(tokens).at[..., position + 1].set(token)
         writer = take(writer).at[..., position + 1].set(number)
@@ -1473,9 +1472,9 @@ def fit(pairs, unseen, options=None, path=None, checkpoint=None):
 
     It trains on no pair that has the source of an unseen one, and measures on those. It
     reports, on stderr, and saves to `path` after each twentieth of the steps (at most
-    500), and when the last report is a minute old. From a checkpoint of this very run it goes
-    on as if nothing had interrupted it; of its options, the steps may have grown. What
-    cannot work raises an InputError. A loss that is not finite raises a
+    500), and when the last report is a minute old. From a checkpoint of this very run it
+    goes on as if nothing had interrupted it; of its options, the steps may have grown.
+    What cannot work raises an InputError. A loss that is not finite raises a
     FloatingPointError, and `path` has the last good checkpoint.
     """
     state, checkpoint, pairs, unseen = start_run(pairs, unseen, options, checkpoint)
