@@ -746,7 +746,8 @@ def greedy_decode(model, params, src, max_len):
     encoded, tokens, writer, cache = start_decoding(model, params, src, max_len)
     forward = partial(next_logits, model, params, encoded)
 
-    def step(carry):  # `writer` is 0 everywhere, and so is the only hypothesis's number.
+    def step(carry):
+        # The only hypothesis has the number 0, which `writer` holds everywhere already.
         position, tokens, cache = carry
         logits, cache = forward(tokens, writer, position, cache)
         _, token = jax.lax.top_k(logits, 1)  # [B, 1, 1]; jnp.argmax is slower on CPUs.

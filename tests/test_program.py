@@ -1094,9 +1094,10 @@ def ended(processes, timeout=60):
     try:
         for process in processes:
             out, err = process.communicate(timeout=timeout)
-            # The library that connects the processes announces itself, in pieces.
+            # The library that connects the processes announces itself, in pieces, of
+            # which one can be the end of a line alone.
             lines = out.decode().splitlines(keepends=True)
-            lines = [x for x in lines if not re.search(r"\[Gloo\]|peer ranks", x)]
+            lines = [x for x in lines if not re.search(r"\[Gloo\]|peer ranks|^\n", x)]
             results.append((process.returncode, "".join(lines), err.decode()))
     finally:
         for process in processes:
